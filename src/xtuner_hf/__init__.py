@@ -1,0 +1,1 @@
+"""Train Mixture-of-Experts models with the HuggingFace tools you already use."""

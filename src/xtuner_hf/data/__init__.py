@@ -1,0 +1,1 @@
+"""From conversations and texts to packed token rows."""

@@ -1,0 +1,1 @@
+"""HF `Trainer` and TRL trainers for Mixture-of-Experts models."""
