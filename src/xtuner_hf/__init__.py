@@ -1,1 +1,50 @@
 """Train Mixture-of-Experts models with the HuggingFace tools you already use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .models.auto import AutoModelForCausalLM
+    from .models.base import IncompleteCheckpointError
+    from .models.qwen3.modeling import Qwen3ForCausalLM
+    from .models.qwen3_moe.modeling import Qwen3MoeForCausalLM
+    from .trainers.arguments import MoESFTConfig, MoETrainingArguments
+    from .trainers.sft import MoESFTTrainer
+    from .trainers.trainer import MoETrainer
+
+__version__ = "0.1.0.dev0"
+
+# Public name -> module, imported when first used.
+_HOMES = {
+    "AutoModelForCausalLM": "models.auto",
+    "IncompleteCheckpointError": "models.base",
+    "MoESFTConfig": "trainers.arguments",
+    "MoESFTTrainer": "trainers.sft",
+    "MoETrainer": "trainers.trainer",
+    "MoETrainingArguments": "trainers.arguments",
+    "Qwen3ForCausalLM": "models.qwen3.modeling",
+    "Qwen3MoeForCausalLM": "models.qwen3_moe.modeling",
+}
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "IncompleteCheckpointError",
+    "MoESFTConfig",
+    "MoESFTTrainer",
+    "MoETrainer",
+    "MoETrainingArguments",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Checkpoints in the Hub's own format."""

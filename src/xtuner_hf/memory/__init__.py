@@ -1,0 +1,1 @@
+"""What keeps the peak of memory low."""

@@ -1,0 +1,1 @@
+"""Model families, one folder each; `auto.py` picks by `model_type`."""

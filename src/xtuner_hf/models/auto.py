@@ -1,0 +1,55 @@
+"""Our model class for a checkpoint, by its `model_type`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+# model_type -> (module of this package, class name), imported when first used.
+CAUSAL_LM_CLASSES = {
+    "qwen3": ("qwen3.modeling", "Qwen3ForCausalLM"),
+    "qwen3_moe": ("qwen3_moe.modeling", "Qwen3MoeForCausalLM"),
+}
+
+
+class UnknownFamilyError(ValueError):
+    """A `model_type` for which this package has no class."""
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Our class for this configuration.
+
+    Raises:
+        UnknownFamilyError: names the families that there are.
+    """
+    if config.model_type not in CAUSAL_LM_CLASSES:
+        raise UnknownFamilyError(
+            f"xtuner_hf has no causal language model of model_type {config.model_type!r}; it has: "
+            f"{', '.join(sorted(CAUSAL_LM_CLASSES))}. transformers' own AutoModelForCausalLM may have one."
+        )
+    module, name = CAUSAL_LM_CLASSES[config.model_type]
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+
+
+class AutoModelForCausalLM:
+    """Like transformers' class of this name, with the classes of this package."""
+
+    def __init__(self):
+        raise OSError("AutoModelForCausalLM is made with from_pretrained(name) or from_config(config).")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Load a checkpoint from a folder or the Hub; arguments as for transformers' `from_pretrained`."""
+        config = kwargs.pop("config", None)
+        if config is None:
+            hub_arguments = ("cache_dir", "revision", "token", "local_files_only", "force_download", "subfolder", "proxies")
+            hub_kwargs = {key: kwargs[key] for key in hub_arguments if key in kwargs}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        return causal_lm_class(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """A model with random weights."""
+        return causal_lm_class(config)._from_config(config, **kwargs)

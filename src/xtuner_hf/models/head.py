@@ -1,0 +1,57 @@
+"""The output head of our language models, and the forward that scores labels through it without full logits.
+
+Legend: B rows, S positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..memory.chunked_loss import IGNORE_INDEX, chunked_cross_entropy
+
+
+class LMHead(nn.Linear):
+    """A linear head that can also score labels. Both go through `forward`, where FSDP gathers the weight."""
+
+    def forward(self, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, S, V]; with labels, the sum of the cross entropy over them (scalar fp32).
+
+        Args:
+            labels_BS: the label of each position itself (already shifted), -100 where there is none.
+        """
+        if labels_BS is None:
+            return super().forward(hidden_BSH)
+        hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
+        return chunked_cross_entropy(hidden_TH, self.weight, self.bias, labels_BS.reshape(-1))
+
+
+class ChunkedLossMixin:
+    """Adds `chunked_loss=True` to a causal language model's forward; without it the parent's forward runs."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        chunked_loss: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ):
+        """What the parent takes and returns, and:
+
+        Args:
+            chunked_loss: with `labels`, compute the loss tile by tile and return no logits.
+            num_items_in_batch: what the summed loss is divided by; the number of labels here by default.
+        """
+        if not chunked_loss or labels is None:
+            if labels is not None:
+                kwargs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return super().forward(input_ids=input_ids, **kwargs)
+        kwargs.pop("logits_to_keep", None)
+        hidden_BSH = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        next_labels_BS = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        total = self.lm_head(hidden_BSH, next_labels_BS)
+        if num_items_in_batch is None:
+            num_items_in_batch = (next_labels_BS != IGNORE_INDEX).sum().clamp(min=1)
+        return CausalLMOutputWithPast(loss=total / num_items_in_batch)

@@ -1,0 +1,32 @@
+"""Qwen3 dense: transformers' model with our head and our loading and saving."""
+
+from __future__ import annotations
+
+from transformers.models.qwen3 import modeling_qwen3 as hf
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from ..base import HubModelMixin, use_hub_layout
+from ..head import ChunkedLossMixin, LMHead
+
+use_hub_layout("qwen3")
+
+
+class Qwen3PreTrainedModel(HubModelMixin, hf.Qwen3PreTrainedModel):
+    pass
+
+
+class Qwen3Model(Qwen3PreTrainedModel, hf.Qwen3Model):
+    def forward(self, *args, token_mask=None, **kwargs):
+        """As in transformers; `token_mask` is for layers that count tokens, and there are none here."""
+        return super().forward(*args, **kwargs)
+
+
+class Qwen3ForCausalLM(ChunkedLossMixin, Qwen3PreTrainedModel, hf.Qwen3ForCausalLM):
+    """Qwen3 with a language-model head; `chunked_loss=True` with `labels` never builds the full logits."""
+
+    def __init__(self, config: Qwen3Config):
+        super(hf.Qwen3ForCausalLM, self).__init__(config)
+        self.model = Qwen3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()

@@ -1,0 +1,1 @@
+"""The mixture: router -> dispatcher -> experts -> combine, and the balance of the load."""

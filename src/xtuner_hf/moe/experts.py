@@ -1,0 +1,61 @@
+"""The experts of a layer: dispatch -> grouped MLP -> combine, as a module that transformers can shard and swap.
+
+Legend: T tokens, H hidden size, I expert intermediate size, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+from ..kernels.experts import EXPERTS_KERNELS
+from .combine import combine
+from .dispatcher import dispatch
+
+
+def run_experts(kernel_name: str, experts, hidden_TH, topk_ids_TK, weights_TK):
+    """Dropless experts with the kernel of that name; `experts` is any module with transformers' gated layout."""
+    kernel = EXPERTS_KERNELS[kernel_name]
+    rows = dispatch(hidden_TH, topk_ids_TK, experts.num_experts)
+    y_RH = kernel(rows.x_RH, experts.gate_up_proj, experts.down_proj, rows.offsets_E, experts.act_fn)
+    return combine(y_RH, weights_TK, rows.row_of_slot_R)
+
+
+def implementation_name(kernel_name: str) -> str:
+    """The name under which a kernel of ours stands in transformers' registry of experts implementations."""
+    return f"xtuner_{kernel_name}"
+
+
+def _register(kernel_name: str) -> None:
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return run_experts(kernel_name, self, hidden_states, top_k_index, top_k_weights)
+
+    ALL_EXPERTS_FUNCTIONS.register(implementation_name(kernel_name), forward)
+
+
+for _name in EXPERTS_KERNELS:
+    _register(_name)
+
+
+@use_experts_implementation
+class GroupedExperts(nn.Module):
+    """E gated MLPs, stored as transformers stores them: gate rows above up rows, one 3-D parameter for all experts.
+
+    `config._experts_implementation` picks the kernel: ours (`xtuner_grouped_mm`, `xtuner_reference`) or any that
+    transformers knows. Its expert parallelism finds `num_experts` and the parameters by these names.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(self.num_experts, 2 * config.moe_intermediate_size, config.hidden_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, config.moe_intermediate_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """What transformers calls "eager": the reference kernel. [T, H], [T, K] int64, [T, K] fp32 -> [T, H]."""
+        return run_experts("reference", self, hidden_states, top_k_index, top_k_weights)

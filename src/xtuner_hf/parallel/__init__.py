@@ -1,0 +1,1 @@
+"""How a model lies on the processes of a job."""

@@ -1,0 +1,64 @@
+"""Sharding a model over the processes of a job with transformers' own FSDP2 and expert parallelism."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from .._compat import initialize_distributed_mesh
+
+
+def check_ep_size(ep_size: int, world_size: int, num_experts: int | None) -> None:
+    """One sentence for an expert-parallel size that cannot be.
+
+    Args:
+        num_experts: experts of an MoE layer, None for a dense model.
+    """
+    if ep_size < 1:
+        raise ValueError(f"ep_size is {ep_size}; it is the number of ranks that share a layer's experts, 1 or more.")
+    if ep_size == 1:
+        return
+    if num_experts is None:
+        raise ValueError(f"ep_size is {ep_size}, but the model has no experts; leave ep_size at 1.")
+    if world_size % ep_size:
+        raise ValueError(
+            f"ep_size {ep_size} does not divide the {world_size} processes of this job; choose a divisor of "
+            f"{world_size}, or launch with --num_processes a multiple of {ep_size}."
+        )
+    if num_experts % ep_size:
+        raise ValueError(
+            f"ep_size {ep_size} does not divide the model's {num_experts} experts; every rank must hold as many."
+        )
+
+
+def distributed_config(ep_size: int, world_size: int, *, bf16: bool = False) -> DistributedConfig | None:
+    """transformers' layout: parameters sharded over all ranks, experts over efsdp x ep with ep innermost.
+
+    Args:
+        bf16: compute in bf16 from the parameters' own dtype; gradients are reduced in fp32.
+    """
+    if world_size == 1:
+        return None
+    return DistributedConfig(fsdp_size=world_size, ep_size=ep_size, fsdp_mixed_precision=bf16)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether transformers sharded this model while loading it, or `shard_model` did."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def shard_model(model: PreTrainedModel, config: DistributedConfig) -> PreTrainedModel:
+    """Shard a model that every rank holds whole: rank 0's values count.
+
+    Fit for models made from a config. A large checkpoint is sharded while it is read: pass its name to the trainer,
+    or `distributed_config` to `from_pretrained`.
+    """
+    # Ranks that were seeded differently would train one model made of different ones.
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor, src=0)
+    _, mesh = initialize_distributed_mesh(config)
+    return type(model).maybe_distribute_model(model, config, mesh)

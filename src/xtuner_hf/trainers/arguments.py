@@ -1,0 +1,87 @@
+"""The arguments that all our trainers add to their parents'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from ..kernels.experts import EXPERTS_KERNELS
+
+@dataclass
+class MoEArguments:
+    """Arguments of MoE training. Each also exists as a command-line flag of the same name."""
+
+    ep_size: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks that share each layer's experts (expert parallelism). 1 shards experts like everything else, "
+            "which is fastest while it fits; raise it when the gathered experts of one layer do not."
+        },
+    )
+    experts_kernel: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes the experts: 'auto', 'grouped_mm', 'reference' (slow, any dtype), or a name that "
+            "transformers registers as an experts implementation."
+        },
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Coefficient of the Switch loss of each MoE layer over the global batch (1 when even, summed over "
+            "layers). None takes the checkpoint's own, 0 switches it off. With gradient accumulation it costs one more "
+            "forward pass: the load of the whole step must be known before the first backward."
+        },
+    )
+    router_z_loss_coef: float = field(
+        default=0.0, metadata={"help": "Coefficient of the mean squared log-sum-exp of router logits; 1e-3 is usual."}
+    )
+    router_sequence_loss_coef: float = field(
+        default=0.0,
+        metadata={"help": "Coefficient of the balance loss within each document; DeepSeek-V3 used 1e-4."},
+    )
+    router_bias_update_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Step of the correction bias after each optimizer step (auxiliary-loss-free balancing; DeepSeek-V3 "
+            "used 1e-3). Needs a model whose routers have such a bias."
+        },
+    )
+
+    def __post_init__(self):
+        for name in (
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "router_sequence_loss_coef",
+            "router_bias_update_rate",
+        ):
+            if (getattr(self, name) or 0.0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or positive.")
+        if self.ep_size < 1:
+            raise ValueError(f"ep_size is {self.ep_size}; it must be 1 or more.")
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+    @property
+    def experts_implementation(self) -> str | None:
+        """The name in transformers' registry, None to leave the model's choice."""
+        if self.experts_kernel == "auto":
+            return None
+        return f"xtuner_{self.experts_kernel}" if self.experts_kernel in EXPERTS_KERNELS else self.experts_kernel
+
+
+@dataclass
+class MoETrainingArguments(MoEArguments, TrainingArguments):
+    """`transformers.TrainingArguments` and the arguments of MoE training."""
+
+
+@dataclass
+class MoESFTConfig(MoEArguments, SFTConfig):
+    """`trl.SFTConfig` and the arguments of MoE training.
+
+    `router_aux_loss_coef` keeps TRL's meaning of None (the checkpoint's own coefficient); the loss itself is ours: by
+    layer, over the global batch.
+    """

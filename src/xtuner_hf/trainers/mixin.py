@@ -1,0 +1,173 @@
+"""What our trainers share: sharding, the step over a global batch, balance of the experts, and reporting."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback as BarCallback
+
+from ..moe.balance import BalanceConfig, LoadBalancer
+from ..moe.tokens import TokenLayout
+from .arguments import MoEArguments
+from .figure import draw_training
+from .history import HistoryCallback
+from .progress import ProgressLineCallback
+from .setup import check_dataset, check_output_dir, prepare_model
+from .throughput import ThroughputMeter
+
+# A mixin: the trainer that it stands in front of is its base for the type checker alone.
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class MoETrainerMixin(_Base):
+    """Stands in front of a `Trainer` class in the bases of a trainer.
+
+    One optimizer step:
+
+        get_batch_samples   fetch all micro-batches, count their real tokens and documents over all ranks
+        count pass          only with accumulation and a Switch loss: forward all of them without gradient
+        training_step       each micro-batch: forward (counted), reduce the counts, backward; then the correction bias
+        log                 tokens/s, MFU and the load of the experts in this step
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *positional: Any, **keywords: Any):
+        if not isinstance(args, MoEArguments):
+            raise TypeError(
+                f"{type(self).__name__} needs its own arguments class, got {type(args).__name__}: it has the fields "
+                "of its parent's, plus ep_size and the router_* ones."
+            )
+        for name in ("train_dataset", "eval_dataset"):
+            check_dataset(keywords.get(name), name)
+        super().__init__(prepare_model(model, args), args, *positional, **keywords)
+        self._batches: list[dict] = []
+        self._micro_batch = 0
+        self._counted = False
+        self._meter: ThroughputMeter | None = None
+        self._balance = self._attach_balance()
+        self._add_reporting()
+
+    # ---- set-up ----
+
+    def _attach_balance(self) -> LoadBalancer:
+        args, config = self.args, self.model.config.get_text_config()
+        coef = args.router_aux_loss_coef
+        if coef is None:
+            coef = getattr(config, "router_aux_loss_coef", 0.0)
+        balance = LoadBalancer.attach(
+            self.model, BalanceConfig(coef, args.router_z_loss_coef, args.router_sequence_loss_coef)
+        )
+        if args.router_bias_update_rate:
+            lacking = [name for name, router in balance.routers.items() if router.e_score_correction_bias is None]
+            if lacking or not balance.routers:
+                raise ValueError(
+                    f"router_bias_update_rate is {args.router_bias_update_rate}, but the routers of this "
+                    f"{config.model_type} have no correction bias (none in its Hub layout). Set it to 0 and use "
+                    "router_aux_loss_coef, or build the model with config.router_correction_bias=True, knowing that "
+                    "engines which serve this family route without it."
+                )
+        return balance
+
+    def _add_reporting(self) -> None:
+        for callback in (PrinterCallback, BarCallback):
+            self.remove_callback(callback)
+        self._history = HistoryCallback()
+        self.add_callback(self._history)
+        self.add_callback(ProgressLineCallback())
+        self.add_callback(_StepEnd(self._end_step))
+
+    # ---- one optimizer step ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self._meter is not None:
+            self._meter.start()
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._start_step(batches, device)
+        return batches, num_items_in_batch
+
+    def _start_step(self, batches: list[dict], device: torch.device) -> None:
+        self._totals = torch.stack([TokenLayout.of_batch(batch).totals() for batch in batches]).sum(0).to(device)
+        if dist.is_initialized():
+            dist.all_reduce(self._totals)
+        self._balance.start_step(self._totals[0], self._totals[1])
+        self._batches, self._micro_batch, self._counted = batches, 0, False
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # The Switch loss's gradient in the first micro-batch depends on the load in the last.
+        if self._micro_batch == 0 and len(self._batches) > 1 and self._balance.config.aux_loss_coef:
+            self._count_pass(model)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batch += 1
+        if self._micro_batch == len(self._batches):
+            self._reduce_counts()
+            if self.args.router_bias_update_rate:
+                self._balance.update_bias(self.args.router_bias_update_rate)
+        return loss
+
+    def _count_pass(self, model) -> None:
+        """Learn the experts' load of the whole step before the first backward needs it."""
+        model.train()
+        with torch.no_grad(), self._balance.recording(), self.compute_loss_context_manager():
+            for batch in self._batches:
+                inputs = {key: value for key, value in batch.items() if "labels" not in key}
+                model(**self._prepare_inputs(inputs), use_cache=False, logits_to_keep=1)
+        self._reduce_counts()
+
+    def _end_step(self) -> None:
+        if self._meter is not None:
+            self._meter.stop(self._totals)
+
+    def _reduce_counts(self) -> None:
+        if not self._counted:
+            self._balance.reduce()
+            self._counted = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with contextlib.nullcontext() if self._counted else self._balance.recording():
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._balance.config.aux_loss_coef:
+            self._reduce_counts()  # before this micro-batch's backward
+        loss, *outputs = result if return_outputs else (result,)
+        # The parent multiplied the loss by the number of ranks, because gradients are averaged over them.
+        loss = self._balance.watch(loss, multiplier=self.accelerator.num_processes)
+        return (loss, *outputs) if return_outputs else loss
+
+    # ---- a run ----
+
+    def train(self, resume_from_checkpoint=None, *positional, **keywords):
+        if self._meter is None:  # a second train() of the same trainer goes on in its own folder
+            check_output_dir(self.args.output_dir, resuming=bool(resume_from_checkpoint))
+            self.accelerator.wait_for_everyone()
+            self._meter = ThroughputMeter(self.model.config, self.accelerator.num_processes)
+        output = super().train(resume_from_checkpoint, *positional, **keywords)
+        if self.is_world_process_zero():
+            draw_training(self._history.path, Path(self.args.output_dir) / "training.png")
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._meter is not None:
+            logs |= self._meter.logs()
+            load = self._balance.metrics()
+            if load is not None:
+                logs |= load.logs()
+                self._history.record_load(self.state.global_step, load.load_LE)
+        super().log(logs, start_time)
+
+
+
+class _StepEnd(TrainerCallback):
+    """Calls back where the optimizer's step ends, before logging, evaluation and saving."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function()

@@ -1,0 +1,121 @@
+"""One short training run with everything about it recorded, to compare runs that must be equal."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from tests.tiny import build, moe_config, uneven_rows
+
+BALANCE = {
+    "router_aux_loss_coef": 0.05,
+    "router_z_loss_coef": 0.01,
+    "router_sequence_loss_coef": 0.02,
+    "router_bias_update_rate": 0.01,
+}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().double().clone()
+
+
+class Recorder(TrainerCallback):
+    """Notes gradients (after clipping) and logs."""
+
+    def __init__(self):
+        self.grads: list[dict[str, torch.Tensor]] = []
+        self.logs: list[dict] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.grads.append({name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.logs.append(dict(logs))
+
+
+def train(
+    trainer_kind: str = "MoETrainer",
+    *,
+    batch: int = 8,
+    accumulation: int = 1,
+    packed: bool = False,
+    pad_to_multiple_of: int | None = None,
+    steps: int = 2,
+    config: dict | None = None,
+    **arguments,
+) -> dict:
+    """Train a tiny model on rows of uneven length; 8 rows make an optimizer step if batch x ranks x accumulation does."""
+    import xtuner_hf
+    from xtuner_hf.data import PackedCollator
+
+    model = build(xtuner_hf.Qwen3MoeForCausalLM, moe_config(router_correction_bias=True, **(config or {})))
+    recorder = Recorder()
+    arguments_class = {"MoETrainer": xtuner_hf.MoETrainingArguments, "MoESFTTrainer": xtuner_hf.MoESFTConfig}[trainer_kind]
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments_class(
+            output_dir=folder,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=steps,
+            learning_rate=1e-3,
+            max_grad_norm=0.5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=arguments.pop("gradient_checkpointing", False),
+            remove_unused_columns=False,
+            seed=3,
+            **({"dataset_kwargs": {"skip_prepare_dataset": True}} if trainer_kind == "MoESFTTrainer" else {}),
+            **(BALANCE | arguments),
+        )
+        keywords = {
+            "data_collator": PackedCollator(pad_token_id=0, padding_free=packed, pad_to_multiple_of=pad_to_multiple_of),
+            "train_dataset": Dataset.from_list(uneven_rows()),
+            "callbacks": [recorder],
+        }
+        if trainer_kind == "MoESFTTrainer":
+            keywords["processing_class"] = tiny_tokenizer()
+        trainer = getattr(xtuner_hf, trainer_kind)(model=model, args=args, **keywords)
+        trainer.train()
+    state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
+    return {"logs": recorder.logs, "grads": recorder.grads, "state": state}
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"t{i}": i for i in range(128)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="t2")), eos_token="t1", pad_token="t0"
+    )
+
+
+COMPARED_LOGS = ("loss", "grad_norm", "router/aux_loss", "router/z_loss", "router/sequence_loss", "router/max_vio")
+
+
+def differences(run: dict, reference: dict) -> dict[str, float]:
+    """The worst difference of each kind, relative to the reference's largest entry."""
+
+    def worst(a: dict, b: dict) -> float:
+        assert a.keys() == b.keys()
+        return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-12)).item() for k in b)
+
+    result = {
+        "grads": max(worst(a, b) for a, b in zip(run["grads"], reference["grads"], strict=True)),
+        "state": max(
+            ((run["state"][k] - reference["state"][k]).abs().max()).item() for k in reference["state"]
+        ),
+    }
+    for key in COMPARED_LOGS:
+        pairs = zip(run["logs"], reference["logs"], strict=True)
+        result[key] = max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-12) for a, b in pairs)
+    return result
