@@ -71,7 +71,8 @@ def _wait(processes: list[subprocess.Popen], folder: str, timeout: float) -> Non
             for other in processes:
                 _kill(other)
             logs = "\n".join(
-                f"--- rank {i} ---\n{(Path(folder) / f'log-{i}.txt').read_text()[-4000:]}" for i in range(len(processes))
+                f"--- rank {other} ---\n{(Path(folder) / f'log-{other}.txt').read_text()[-4000:]}"
+                for other in range(len(processes))
             )
             raise RuntimeError(f"rank {rank} failed ({code}):\n{logs}")
 

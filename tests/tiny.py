@@ -33,7 +33,8 @@ def moe_config(**changes) -> Qwen3MoeConfig:
 def dense_config(**changes) -> Qwen3Config:
     values = moe_config().to_dict()
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return Qwen3Config(**({key: values[key] for key in keys} | {"num_hidden_layers": 2, "initializer_range": 0.2} | changes))
+    shared = {key: values[key] for key in keys}
+    return Qwen3Config(**(shared | {"num_hidden_layers": 2, "initializer_range": 0.2} | changes))
 
 
 def randomize_(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

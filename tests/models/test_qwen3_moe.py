@@ -147,7 +147,9 @@ def test_chunked_loss_equals_the_loss_over_full_logits():
     found.loss.backward()
     assert abs(found.loss - expected) < 1e-6
     for name, p in ours.named_parameters():
-        assert (p.grad - expected_grads[name]).abs().max() < 1e-6 * max(1.0, expected_grads[name].abs().max().item()), name
+        assert (p.grad - expected_grads[name]).abs().max() < 1e-6 * max(1.0, expected_grads[name].abs().max().item()), (
+            name
+        )
 
 
 def test_packed_documents_do_not_see_each_other():

@@ -137,7 +137,8 @@ def test_switch_loss_of_one_layer_is_transformers_divided_by_top_k():
 def test_padding_is_never_counted():
     model = build(Qwen3MoeForCausalLM, moe_config())
     batch = padded_batch()
-    longer = {key: torch.nn.functional.pad(value, (0, 7), value=-100 if key == "labels" else 0) for key, value in batch.items()}
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    longer = {key: torch.nn.functional.pad(value, (0, 7), value=fill[key]) for key, value in batch.items()}
     first = our_step(model, [batch], num_labels(batch)).metrics()
     second = our_step(model, [longer], num_labels(batch)).metrics()
     assert torch.equal(first.load_LE, second.load_LE)

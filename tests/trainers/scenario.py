@@ -47,16 +47,18 @@ def train(
     packed: bool = False,
     pad_to_multiple_of: int | None = None,
     steps: int = 2,
+    dtype: torch.dtype = torch.float64,
     config: dict | None = None,
     **arguments,
 ) -> dict:
-    """Train a tiny model on rows of uneven length; 8 rows make an optimizer step if batch x ranks x accumulation does."""
+    """Train a tiny model on rows of uneven length, 8 of them an optimizer step if batch x ranks x accumulation is."""
     import xtuner_hf
     from xtuner_hf.data import PackedCollator
 
     model = build(xtuner_hf.Qwen3MoeForCausalLM, moe_config(router_correction_bias=True, **(config or {})))
+    model = cast_parameters(model, dtype)
     recorder = Recorder()
-    arguments_class = {"MoETrainer": xtuner_hf.MoETrainingArguments, "MoESFTTrainer": xtuner_hf.MoESFTConfig}[trainer_kind]
+    arguments_class = xtuner_hf.MoESFTConfig if trainer_kind == "MoESFTTrainer" else xtuner_hf.MoETrainingArguments
     with tempfile.TemporaryDirectory() as folder:
         args = arguments_class(
             output_dir=folder,
@@ -74,7 +76,7 @@ def train(
             remove_unused_columns=False,
             seed=3,
             **({"dataset_kwargs": {"skip_prepare_dataset": True}} if trainer_kind == "MoESFTTrainer" else {}),
-            **(BALANCE | arguments),
+            **(BALANCE | {"experts_kernel": "reference"} | arguments),
         )
         keywords = {
             "data_collator": PackedCollator(pad_token_id=0, padding_free=packed, pad_to_multiple_of=pad_to_multiple_of),
@@ -87,6 +89,13 @@ def train(
         trainer.train()
     state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
     return {"logs": recorder.logs, "grads": recorder.grads, "state": state}
+
+
+def cast_parameters(model, dtype: torch.dtype):
+    # Not `.to(dtype)`: the correction bias stays fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def tiny_tokenizer():
@@ -111,9 +120,7 @@ def differences(run: dict, reference: dict) -> dict[str, float]:
 
     result = {
         "grads": max(worst(a, b) for a, b in zip(run["grads"], reference["grads"], strict=True)),
-        "state": max(
-            ((run["state"][k] - reference["state"][k]).abs().max()).item() for k in reference["state"]
-        ),
+        "state": max(((run["state"][k] - reference["state"][k]).abs().max()).item() for k in reference["state"]),
     }
     for key in COMPARED_LOGS:
         pairs = zip(run["logs"], reference["logs"], strict=True)

@@ -13,6 +13,9 @@ CAUSAL_LM_CLASSES = {
     "qwen3_moe": ("qwen3_moe.modeling", "Qwen3MoeForCausalLM"),
 }
 
+# What `from_pretrained` takes to find a checkpoint, and the configuration's own loader takes too.
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download", "subfolder", "proxies")
+
 
 class UnknownFamilyError(ValueError):
     """A `model_type` for which this package has no class."""
@@ -44,8 +47,7 @@ class AutoModelForCausalLM:
         """Load a checkpoint from a folder or the Hub; arguments as for transformers' `from_pretrained`."""
         config = kwargs.pop("config", None)
         if config is None:
-            hub_arguments = ("cache_dir", "revision", "token", "local_files_only", "force_download", "subfolder", "proxies")
-            hub_kwargs = {key: kwargs[key] for key in hub_arguments if key in kwargs}
+            hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         return causal_lm_class(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 

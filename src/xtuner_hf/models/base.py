@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
 
 from .._compat import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from ..checkpoint.hub_config import write_hub_config
@@ -25,7 +28,14 @@ def use_hub_layout(model_type: str) -> None:
     register_checkpoint_conversion_mapping(model_type, mapping or [], overwrite=True)
 
 
-class HubModelMixin:
+# A mixin: the model class that it stands in front of is its base for the type checker alone.
+if TYPE_CHECKING:
+    _Base = PreTrainedModel
+else:
+    _Base = object
+
+
+class HubModelMixin(_Base):
     """Goes in front of a transformers class in the bases of a model."""
 
     # transformers decides this by reading the module's source for a decorator that stands in moe/experts.py here.
@@ -38,10 +48,14 @@ class HubModelMixin:
         Raises:
             IncompleteCheckpointError: with the names that are missing or have another shape.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        # Tensors of another shape would be an error of transformers' own, which names none of them.
+        allow_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        _refuse_incomplete(cls.__name__, pretrained_model_name_or_path, info)
+        model, info = loaded
+        other_shapes = set() if allow_other_shapes else info["mismatched_keys"]
+        _refuse_incomplete(cls.__name__, pretrained_model_name_or_path, info["missing_keys"], other_shapes)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
@@ -51,7 +65,9 @@ class HubModelMixin:
         if self.should_save_on_this_rank(is_main_process):
             write_hub_config(Path(save_directory))
         if push_to_hub:
-            raise ValueError("save_pretrained(push_to_hub=True) would upload before config.json is final; call push_to_hub().")
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) would upload before config.json is final; call push_to_hub()."
+            )
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(
@@ -59,15 +75,15 @@ class HubModelMixin:
         )
 
 
-def _refuse_incomplete(class_name: str, source, info: dict) -> None:
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    if not missing and not mismatched:
+def _refuse_incomplete(class_name: str, source, missing: set[str], other_shapes: set) -> None:
+    # (name, shape in the checkpoint, shape in the model)
+    shapes = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in sorted(other_shapes)]
+    names = sorted(missing) + shapes
+    if not names:
         return
-    names = missing + mismatched
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     raise IncompleteCheckpointError(
-        f"{source} does not hold all of {class_name}: {len(missing)} parameters are missing and {len(mismatched)} have "
+        f"{source} does not hold all of {class_name}: {len(missing)} parameters are missing and {len(shapes)} have "
         f"another shape ({shown}); they would be left random. Check that config.json belongs to these weights and that "
-        "no shard file is missing."
+        "no shard file or expert is missing."
     )

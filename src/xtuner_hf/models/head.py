@@ -30,6 +30,9 @@ class LMHead(nn.Linear):
 class ChunkedLossMixin:
     """Adds `chunked_loss=True` to a causal language model's forward; without it the parent's forward runs."""
 
+    model: nn.Module
+    lm_head: LMHead
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -57,8 +57,8 @@ class StepState:
     """What all layers share during one optimizer step."""
 
     recording: bool = False
-    num_tokens: torch.Tensor | None = None  # scalar int64: real tokens of the step, all ranks
-    num_documents: torch.Tensor | None = None
+    num_tokens: torch.Tensor = field(default_factory=lambda: torch.tensor(1))  # real ones of the step, all ranks
+    num_documents: torch.Tensor = field(default_factory=lambda: torch.tensor(1))
     # d(what backward starts from) / d(this rank's share of the objective): set by the loss's own backward, which
     # runs before any router's, so that scaling by the trainer, a grad scaler or accelerate reaches both alike.
     grad_scale: torch.Tensor | None = None
@@ -67,26 +67,25 @@ class StepState:
 class LayerLoad:
     """Counts of one layer, and the gradient of its balance losses."""
 
-    def __init__(self, config: BalanceConfig, step: StepState):
+    def __init__(self, config: BalanceConfig, step: StepState, num_experts: int):
         self.config = config
         self.step = step
-        self.count_E: torch.Tensor | None = None  # int64, pairs per expert
-        self.prob_sum_E: torch.Tensor | None = None  # fp32
-        self.other_losses: torch.Tensor | None = None  # fp32 [2]: z and sequence loss, shares so far
-        self.fraction_E: torch.Tensor | None = None  # fp32, of the whole step; set by reduce()
+        self.num_experts = num_experts
+        self.reset(torch.device("cpu"))
 
-    def reset(self, num_experts: int, device: torch.device) -> None:
-        self.count_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.prob_sum_E = torch.zeros(num_experts, dtype=torch.float32, device=device)
-        self.other_losses = torch.zeros(2, dtype=torch.float32, device=device)
-        self.fraction_E = None
+    def reset(self, device: torch.device) -> None:
+        self.count_E = torch.zeros(self.num_experts, dtype=torch.int64, device=device)  # (token, expert) pairs
+        self.prob_sum_E = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+        self.other_losses = torch.zeros(2, dtype=torch.float32, device=device)  # z and sequence loss, shares so far
+        self.fraction_E: torch.Tensor | None = None  # fp32, load of the whole step; set by reduce()
 
     def observe(self, router: SoftmaxTopKRouter, routing: Routing, layout: TokenLayout) -> torch.Tensor:
         """Count a micro-batch if it is to be counted; returns the routing weights, tied to the balance losses."""
         if self.step.recording:
             self._record(router, routing, layout)
         if self.config.has_losses and torch.is_grad_enabled():
-            return _BalanceGradient.apply(routing.weights_TK, routing.logits_TE, routing.topk_ids_TK, self, router, layout)
+            logits_TE, weights_TK, topk_ids_TK = routing
+            return _BalanceGradient.apply(weights_TK, logits_TE, topk_ids_TK, self, router, layout)
         return routing.weights_TK
 
     @torch.no_grad()
@@ -148,14 +147,14 @@ class _WatchScale(torch.autograd.Function):
     """Identity on the loss; its backward notes the factor that the loss is scaled by."""
 
     @staticmethod
-    def forward(ctx, loss, step, multiplier):
-        ctx.step, ctx.multiplier = step, multiplier
+    def forward(ctx, loss, step):
+        ctx.step = step
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.step.grad_scale = grad.detach() * ctx.multiplier
-        return grad, None, None
+        ctx.step.grad_scale = grad.detach()
+        return grad, None
 
 
 @dataclass
@@ -172,7 +171,7 @@ class LoadBalancer:
         routers = {name: module for name, module in model.named_modules() if isinstance(module, SoftmaxTopKRouter)}
         balancer = cls(config, routers)
         for router in routers.values():
-            router.load = LayerLoad(config, balancer.step)
+            router.load = LayerLoad(config, balancer.step, router.num_experts)
         return balancer
 
     @property
@@ -183,8 +182,8 @@ class LoadBalancer:
         """Begin an optimizer step over so many real tokens and documents, counted over all ranks (scalars, int64)."""
         self.step.num_tokens, self.step.num_documents = num_tokens.clamp(min=1), num_documents.clamp(min=1)
         self.step.grad_scale = None
-        for router in self.routers.values():
-            router.load.reset(router.num_experts, num_tokens.device)
+        for load in self.loads:
+            load.reset(num_tokens.device)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -211,20 +210,21 @@ class LoadBalancer:
         for load in self.loads:
             load.fraction_E = load.count_E.float() / load.count_E.sum().clamp(min=1)
 
-    def watch(self, loss: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
-        """The same loss, through which the balance losses learn their scale.
+    def watch(self, loss: torch.Tensor) -> torch.Tensor:
+        """The same loss, through whose backward the balance losses learn their scale.
 
         Args:
-            loss: scalar that the trainer calls backward on.
-            multiplier: what `loss` was already multiplied by against this rank's share of the objective, e.g. the
-                number of ranks whose gradients are averaged afterwards.
+            loss: this rank's share of the micro-batch's loss, in the units of the global one (gradients are summed
+                over ranks). What scales it afterwards scales the balance losses too.
         """
-        return _WatchScale.apply(loss, self.step, multiplier) if self.config.has_losses else loss
+        return _WatchScale.apply(loss, self.step) if self.config.has_losses else loss
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:
         """Auxiliary-loss-free balancing (arXiv 2408.15664, alg. 1): bias += rate * sign(mean load - load)."""
         for router in self.routers.values():
+            if router.load is None or router.e_score_correction_bias is None:
+                continue
             load_E = router.load.count_E.float()
             router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
@@ -245,4 +245,6 @@ class LoadBalancer:
 
 def switch_loss_value(load: LayerLoad, num_tokens: torch.Tensor) -> torch.Tensor:
     """The Switch loss of the whole step, from its reduced sums."""
-    return load.fraction_E.numel() * (load.fraction_E * load.prob_sum_E).sum() / num_tokens
+    if load.fraction_E is None:
+        raise RuntimeError("The counts of this step are not reduced yet: call LoadBalancer.reduce() first.")
+    return load.num_experts * (load.fraction_E * load.prob_sum_E).sum() / num_tokens

@@ -36,15 +36,16 @@ def z_loss(logits_TE, real_T, num_tokens) -> torch.Tensor:
 
 
 def sequence_loss(probs_TE, topk_ids_TK, layout: TokenLayout, num_documents) -> torch.Tensor:
-    """Share of the mean over documents of sum_e f_e * P_e within the document (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
+    """Share of the mean over documents of sum_e f_e * P_e within the document.
 
-    f_e is E/(K*len) times the pairs of the document on expert e, P_e its mean probability: 1 when even.
+    f_e is E/(K*len) times the pairs of the document on expert e, P_e its mean probability: 1 when even (DeepSeek-V3,
+    arXiv 2412.19437, eq. 17-20).
 
     Args:
         topk_ids_TK: [T, K] chosen experts.
         num_documents: documents of the step, over all ranks.
     """
-    num_tokens, num_experts = probs_TE.shape
+    num_experts = probs_TE.shape[1]
     real_T, document_T = layout.real_T, layout.document_T
     chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_TK, 1.0) * real_T[:, None]
     count_DE = torch.zeros_like(probs_TE).index_add_(0, document_T, chosen_TE)

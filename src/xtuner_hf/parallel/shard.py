@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -34,14 +35,12 @@ def check_ep_size(ep_size: int, world_size: int, num_experts: int | None) -> Non
         )
 
 
-def distributed_config(ep_size: int, world_size: int, *, bf16: bool = False) -> DistributedConfig | None:
+def distributed_config(ep_size: int, world_size: int, *, bf16: bool = False) -> DistributedConfig:
     """transformers' layout: parameters sharded over all ranks, experts over efsdp x ep with ep innermost.
 
     Args:
         bf16: compute in bf16 from the parameters' own dtype; gradients are reduced in fp32.
     """
-    if world_size == 1:
-        return None
     return DistributedConfig(fsdp_size=world_size, ep_size=ep_size, fsdp_mixed_precision=bf16)
 
 
@@ -62,3 +61,17 @@ def shard_model(model: PreTrainedModel, config: DistributedConfig) -> PreTrained
             dist.broadcast(tensor, src=0)
     _, mesh = initialize_distributed_mesh(config)
     return type(model).maybe_distribute_model(model, config, mesh)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Make FSDP add gradients up over ranks and divide by nothing.
+
+    Each rank's loss is its share of the global one, so the sum is the gradient, of a dense parameter and of an expert
+    alike: no factor that depends on the mesh, and none to forget. (transformers divides experts by the number of
+    ranks; where no copy of an expert exists, torch 2.13 divides fp64 and fp16 gradients twice.)
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A factor would otherwise travel as PREMUL_SUM, which gloo and HCCL do not know.
+            module.set_force_sum_reduction_for_comms(True)

@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from ..kernels.experts import EXPERTS_KERNELS
 
+
 @dataclass
 class MoEArguments:
     """Arguments of MoE training. Each also exists as a command-line flag of the same name."""
@@ -16,8 +17,8 @@ class MoEArguments:
     ep_size: int = field(
         default=1,
         metadata={
-            "help": "Ranks that share each layer's experts (expert parallelism). 1 shards experts like everything else, "
-            "which is fastest while it fits; raise it when the gathered experts of one layer do not."
+            "help": "Ranks that share each layer's experts (expert parallelism). 1 shards experts like everything "
+            "else, which is fastest while it fits; raise it when the gathered experts of one layer do not."
         },
     )
     experts_kernel: str = field(

@@ -15,14 +15,17 @@ from transformers import ProgressCallback as BarCallback
 from ..moe.balance import BalanceConfig, LoadBalancer
 from ..moe.tokens import TokenLayout
 from .arguments import MoEArguments
-from .figure import draw_training
-from .history import HistoryCallback
+from .figure import FIGURE_FILE, draw_training
+from .history import HISTORY_FILE, HistoryCallback
 from .progress import ProgressLineCallback
 from .setup import check_dataset, check_output_dir, prepare_model
 from .throughput import ThroughputMeter
 
 # A mixin: the trainer that it stands in front of is its base for the type checker alone.
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class MoETrainerMixin(_Base):
@@ -36,6 +39,9 @@ class MoETrainerMixin(_Base):
         log                 tokens/s, MFU and the load of the experts in this step
     """
 
+    args: Any
+    model: Any
+
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, **keywords: Any):
         if not isinstance(args, MoEArguments):
             raise TypeError(
@@ -44,7 +50,8 @@ class MoETrainerMixin(_Base):
             )
         for name in ("train_dataset", "eval_dataset"):
             check_dataset(keywords.get(name), name)
-        super().__init__(prepare_model(model, args), args, *positional, **keywords)
+        training_args: Any = args  # one of the two classes that join ours with transformers' or TRL's
+        super().__init__(prepare_model(model, args), training_args, *positional, **keywords)
         self._batches: list[dict] = []
         self._micro_batch = 0
         self._counted = False
@@ -102,13 +109,14 @@ class MoETrainerMixin(_Base):
         # The Switch loss's gradient in the first micro-batch depends on the load in the last.
         if self._micro_batch == 0 and len(self._batches) > 1 and self._balance.config.aux_loss_coef:
             self._count_pass(model)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        share = super().training_step(model, inputs, num_items_in_batch)
         self._micro_batch += 1
         if self._micro_batch == len(self._batches):
             self._reduce_counts()
             if self.args.router_bias_update_rate:
                 self._balance.update_bias(self.args.router_bias_update_rate)
-        return loss
+        # The parent logs the mean over ranks; the loss is the sum of their shares.
+        return share * self.accelerator.num_processes
 
     def _count_pass(self, model) -> None:
         """Learn the experts' load of the whole step before the first backward needs it."""
@@ -136,8 +144,8 @@ class MoETrainerMixin(_Base):
         if self._balance.config.aux_loss_coef:
             self._reduce_counts()  # before this micro-batch's backward
         loss, *outputs = result if return_outputs else (result,)
-        # The parent multiplied the loss by the number of ranks, because gradients are averaged over them.
-        loss = self._balance.watch(loss, multiplier=self.accelerator.num_processes)
+        # The parent expects gradients to be averaged over ranks and multiplies by their number; here they are summed.
+        loss = self._balance.watch(loss / self.accelerator.num_processes)
         return (loss, *outputs) if return_outputs else loss
 
     # ---- a run ----
@@ -146,10 +154,11 @@ class MoETrainerMixin(_Base):
         if self._meter is None:  # a second train() of the same trainer goes on in its own folder
             check_output_dir(self.args.output_dir, resuming=bool(resume_from_checkpoint))
             self.accelerator.wait_for_everyone()
-            self._meter = ThroughputMeter(self.model.config, self.accelerator.num_processes)
+            self._meter = ThroughputMeter(self.model, self.args.device, self.accelerator.num_processes)
         output = super().train(resume_from_checkpoint, *positional, **keywords)
         if self.is_world_process_zero():
-            draw_training(self._history.path, Path(self.args.output_dir) / "training.png")
+            folder = Path(self.args.output_dir)
+            draw_training(folder / HISTORY_FILE, folder / FIGURE_FILE)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -158,9 +167,8 @@ class MoETrainerMixin(_Base):
             load = self._balance.metrics()
             if load is not None:
                 logs |= load.logs()
-                self._history.record_load(self.state.global_step, load.load_LE)
+                self._history.record_load(load.load_LE)
         super().log(logs, start_time)
-
 
 
 class _StepEnd(TrainerCallback):

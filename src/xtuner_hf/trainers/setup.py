@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..models.auto import AutoModelForCausalLM
 from ..models.base import HubModelMixin
-from ..parallel.shard import check_ep_size, distributed_config, is_sharded, shard_model
-from .arguments import MoEArguments
+from ..parallel.shard import check_ep_size, distributed_config, is_sharded, shard_model, sum_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +47,30 @@ def check_launch(args: TrainingArguments) -> None:
         )
 
 
-def prepare_model(model: Any, args: TrainingArguments) -> nn.Module:
+def prepare_model(model: Any, args: Any) -> nn.Module:
     """Our model, with the experts kernel asked for, sharded over the job's processes.
 
     Args:
         model: a model of this package (PEFT around it is fine in one process), or the name of a checkpoint, of which
             each process then reads only its shard.
+        args: of one of our trainers.
 
     Raises:
         TypeError: for a model of another package.
         ValueError: for an `ep_size` or a launch that cannot be.
     """
-    assert isinstance(args, MoEArguments)
     check_launch(args)
-    if isinstance(model, str):
-        return _load(model, args)
+    model = _load(model, args) if isinstance(model, str) else _adopt(model, args)
+    sum_gradients(model)
+    return model
+
+
+def _adopt(model: Any, args: Any) -> nn.Module:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, HubModelMixin):
         raise TypeError(
-            f"The model is a {type(base).__module__}.{type(base).__name__}; this trainer needs one of xtuner_hf: load it "
-            "with xtuner_hf.AutoModelForCausalLM, or pass the checkpoint's name."
+            f"The model is a {type(base).__module__}.{type(base).__name__}; this trainer needs one of xtuner_hf: "
+            "load it with xtuner_hf.AutoModelForCausalLM, or pass the checkpoint's name."
         )
     if args.experts_implementation is not None:
         base.set_experts_implementation(args.experts_implementation)
@@ -78,10 +81,11 @@ def prepare_model(model: Any, args: TrainingArguments) -> nn.Module:
         raise ValueError(
             "A PEFT model is not sharded yet: train it in one process, or train the full model on several."
         )
-    return shard_model(base, distributed_config(args.ep_size, args.world_size, bf16=args.bf16))
+    config = distributed_config(args.ep_size, args.world_size, bf16=args.bf16)
+    return shard_model(base, config)
 
 
-def _load(name: str, args: TrainingArguments) -> PreTrainedModel:
+def _load(name: str, args: Any) -> PreTrainedModel:
     # fp32 master weights, as TRL loads a model by name; bf16=True computes in bf16 from them.
     kwargs = {"dtype": "float32", **(getattr(args, "model_init_kwargs", None) or {})}
     if args.experts_implementation is not None:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import time
 
 import torch
-from transformers import PreTrainedConfig
+from torch import nn
 
 from ..device import data_sheet_flops, device_name, measured_matmul_flops
-from .flops import training_flops
+from ..models.flops import TrainingFlops
 
 
 class ThroughputMeter:
     """Collects steps between two logs.
 
     Args:
-        config: of the model, for its FLOPs.
+        model: for its FLOPs.
+        device: of this rank; all ranks have the same kind.
         num_devices: ranks that share the work.
     """
 
-    def __init__(self, config: PreTrainedConfig, num_devices: int):
-        self.config = config
+    def __init__(self, model: nn.Module, device: torch.device, num_devices: int):
+        self.flops = TrainingFlops.of_model(model)
         self.num_devices = num_devices
-        self.peak_flops = data_sheet_flops(device_name()) or measured_matmul_flops()
+        self.peak_flops = data_sheet_flops(device_name(device)) or measured_matmul_flops(device)
         self._started: float | None = None
         self._clear()
 
@@ -51,7 +52,7 @@ class ThroughputMeter:
         if not self._totals or self._seconds == 0:
             return {}
         tokens, _, squared_lengths = torch.stack(self._totals).sum(0).tolist()
-        flops = training_flops(self.config, tokens, squared_lengths) / self._seconds / self.num_devices
+        flops = self.flops(tokens, squared_lengths) / self._seconds / self.num_devices
         logs = {
             "tokens_per_second": tokens / self._seconds,
             "tokens_per_second_per_device": tokens / self._seconds / self.num_devices,
