@@ -37,6 +37,15 @@ def data_sheet_flops(name: str) -> float | None:
     return DATA_SHEET_BF16_FLOPS[max(known, key=len)] if known else None
 
 
+def logits_tile_width(device: torch.device) -> int:
+    """Vocabulary entries that a chunked loss scores at once.
+
+    On a CPU a tile of 1,024 stays in the cache (2.1x faster than 8,192 at 1,024 tokens, hidden 128, vocabulary 152k);
+    an accelerator wants matrix products that fill it.
+    """
+    return 1024 if device.type == "cpu" else 8192
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on the device; a CPU has none queued."""
     if device.type != "cpu":

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from .._compat import ChunkedLogProbFunction
+from ..device import logits_tile_width
 
 IGNORE_INDEX = -100
-VOCAB_CHUNK_SIZE = 8192
 
 
 def chunked_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T) -> torch.Tensor:
@@ -28,7 +28,8 @@ def chunked_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T) -> torch.Tenso
     labelled_T = labels_T != IGNORE_INDEX
     # Boolean indexing reads the number of labels back to the host: one sync a micro-batch, and the matrix products
     # shrink to the labelled tokens, often half of a conversation.
+    tile_width = logits_tile_width(hidden_TH.device)
     log_probs, *_ = ChunkedLogProbFunction.apply(
-        hidden_TH[labelled_T], weight_VH, bias_V, labels_T[labelled_T], 1.0, VOCAB_CHUNK_SIZE, None, 1.0, ()
+        hidden_TH[labelled_T], weight_VH, bias_V, labels_T[labelled_T], 1.0, tile_width, None, 1.0, ()
     )
     return -log_probs.sum()
