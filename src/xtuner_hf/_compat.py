@@ -5,15 +5,41 @@ Checked with transformers 5.23 and TRL 1.16; `tests/test_compat.py` fails when o
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.distributed.utils import initialize_distributed_mesh
 from transformers.utils.output_capturing import OutputRecorder
 from trl.kernels import ChunkedLogProbFunction
 
+if TYPE_CHECKING:
+    from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    from trl.trainer.utils import global_then_local_main_first
+
+# Imported when first used: TRL's trainers take seconds, and models need none of them.
+_LAZY_HOMES = {
+    "DataCollatorForLanguageModeling": "trl.trainer.sft_trainer",
+    "global_then_local_main_first": "trl.trainer.utils",
+    "has_generation_markers": "trl.chat_template_utils",
+    "is_chat_template_stop_token_trained": "trl.chat_template_utils",
+}
+
 __all__ = [
     "ChunkedLogProbFunction",
+    "DataCollatorForLanguageModeling",
     "OutputRecorder",
     "get_checkpoint_conversion_mapping",
+    "global_then_local_main_first",
+    "has_generation_markers",
     "initialize_distributed_mesh",
+    "is_chat_template_stop_token_trained",
     "register_checkpoint_conversion_mapping",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY_HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY_HOMES[name]), name)

@@ -1,13 +1,21 @@
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+"""Conversations and texts to packed token rows and batches."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .collator import PackedCollator
+    from .load import load_conversations
+    from .prepare import prepare_dataset
+
+_HOMES = {"PackedCollator": "collator", "load_conversations": "load", "prepare_dataset": "prepare"}
+
+__all__ = ["PackedCollator", "load_conversations", "prepare_dataset"]
 
 
-class PackedCollator(DataCollatorForLanguageModeling):
-    def torch_call(self, examples):
-        import torch
-
-        o = super().torch_call(examples)
-        if self.padding_free and self.pad_to_multiple_of:
-            n = sum(len(e["input_ids"]) for e in examples)
-            T = o["input_ids"].shape[1]
-            o["token_mask"] = (torch.arange(T) < n)[None]
-        return o
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

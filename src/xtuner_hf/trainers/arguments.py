@@ -86,3 +86,12 @@ class MoESFTConfig(MoEArguments, SFTConfig):
     `router_aux_loss_coef` keeps TRL's meaning of None (the checkpoint's own coefficient); the loss itself is ours: by
     layer, over the global batch.
     """
+
+    on_long_row: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with rows of more than max_length tokens: 'error'; 'truncate' as TRL does in silence "
+            "(at truncation_mode's end, here with a count); 'split' into several rows, as packing_strategy='bfd_split' "
+            "does; 'skip'. packing_strategy='wrapped' cuts rows anywhere in any case."
+        },
+    )

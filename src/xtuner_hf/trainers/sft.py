@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from .._compat import DataCollatorForLanguageModeling, global_then_local_main_first
+from ..data.collator import PackedCollator
+from ..data.conversation import MalformedRow, check_conversation
+from ..data.packing import fit_rows, pack_rows
+from ..data.report import warn
+from ..data.tokenize import require_chat_template, tokenize_conversations, training_chat_template
+from .arguments import MoESFTConfig
 from .mixin import MoETrainerMixin
+from .setup import check_dataset
+
+logger = logging.getLogger(__name__)
 
 
 class MoESFTTrainer(MoETrainerMixin, SFTTrainer):
@@ -12,7 +27,74 @@ class MoESFTTrainer(MoETrainerMixin, SFTTrainer):
 
     Takes what `SFTTrainer` takes, with `MoESFTConfig`; what it adds is what `MoETrainer` adds. The logged `loss` is
     the language-model loss alone; the balance losses are logged next to it (`router/...`).
+
+    Data: rows of `messages` may have what `xtuner_hf.data.load_conversations` allows (tools, loss flags of turns), and
+    are checked; rows that `xtuner_hf.data.prepare_dataset` made are taken as they are. Rows longer than `max_length`
+    are an error unless `on_long_row` says what to do with them. Packing is TRL's, over more rows at a time.
     """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: MoESFTConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **keywords: Any,
+    ):
+        if isinstance(args, MoESFTConfig):
+            if processing_class is None:
+                processing_class = _load_tokenizer(model)
+            _check_first_row(train_dataset, args, processing_class)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **keywords,
+        )
+        if type(self.data_collator) is DataCollatorForLanguageModeling:  # TRL's choice, which counts padding as tokens
+            self.data_collator = PackedCollator(**vars(self.data_collator))
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        name = f"{dataset_name}_dataset"
+        check_dataset(dataset, name)
+        columns = dataset.column_names or list(next(iter(dataset)))
+        if "seq_lengths" in columns:  # packed already
+            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        if "messages" in columns and formatting_func is None and isinstance(processing_class, PreTrainedTokenizerBase):
+            with global_then_local_main_first():
+                dataset = tokenize_conversations(
+                    dataset,
+                    processing_class,
+                    assistant_only_loss=args.assistant_only_loss,
+                    chat_template=self.chat_template,
+                    num_proc=args.dataset_num_proc,
+                    name=name,
+                )
+        # The parent tokenises all other rows; it would cut long ones in silence, and pack few rows at a time.
+        uncut = copy.copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+        with global_then_local_main_first():
+            return self._fit_and_pack(dataset, args, packing, name)
+
+    def _fit_and_pack(self, dataset, args, packing, name):
+        if packing and args.max_length is None:
+            raise ValueError("packing needs a window: set max_length to the tokens of a packed row.")
+        strategy = args.packing_strategy if packing else None
+        if args.max_length is not None and strategy != "wrapped":
+            on_long_row = "split" if strategy == "bfd_split" else args.on_long_row
+            keep = args.truncation_mode.removeprefix("keep_")
+            dataset = fit_rows(dataset, args.max_length, on_long_row, keep=keep, name=name)
+        if packing:
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+            dataset = pack_rows(dataset, args.max_length, strategy=strategy.removesuffix("_split"), name=name)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _attach_balance(self):
         # TRL would add a Switch loss of its own, per micro-batch and over all layers at once; ours takes its place.
@@ -21,3 +103,33 @@ class MoESFTTrainer(MoETrainerMixin, SFTTrainer):
             self.aux_loss_enabled = False
             text_config.output_router_logits = False
         return super()._attach_balance()
+
+
+def _load_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "name_or_path", None)
+    if not name:
+        raise ValueError("The model has no name to load a tokenizer by: pass one as processing_class.")
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _check_first_row(dataset: Any, args: MoESFTConfig, tokenizer: Any) -> None:
+    """TRL looks at the first row when it is built, and at the chat template, and expects both to be sound."""
+    row = next(iter(dataset), None) if dataset is not None else None
+    if row is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    is_conversational = "messages" in row or isinstance(row.get("prompt"), list)
+    if "messages" in row:
+        try:
+            check_conversation(row)
+        except MalformedRow as error:
+            raise ValueError(f"train_dataset[0]: {error}") from None
+    if not is_conversational or args.chat_template_path is not None:
+        return
+    require_chat_template(tokenizer)
+    if args.assistant_only_loss:
+        training_chat_template(tokenizer)
+    elif "messages" in row:
+        warn(
+            logger,
+            "assistant_only_loss is False, as in TRL: every token of the conversations is learned, the user's too.",
+        )

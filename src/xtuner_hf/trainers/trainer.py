@@ -17,6 +17,12 @@ class MoETrainer(MoETrainerMixin, Trainer):
     The logged `loss` is the language-model loss alone; the balance losses are logged next to it (`router/...`).
     """
 
+    def _set_signature_columns_if_needed(self):
+        # What tells the documents of a packed row apart is for the collator, not for the model.
+        super()._set_signature_columns_if_needed()
+        if "seq_lengths" not in self._signature_columns:
+            self._signature_columns.append("seq_lengths")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training and self.compute_loss_func is None and self.label_smoother is None:
             inputs = {**inputs, "chunked_loss": True}
