@@ -33,13 +33,13 @@ def launch_command(folder: Path, train_file: Path, eval_file: Path, max_steps: i
     num_gpus = torch.cuda.device_count()
     if num_gpus == 0:
         launch = ["--config_file", "accelerate_configs/cpu_2.yaml"]
-        layout = ["--ep_size", "2"]
+        layout = ["--use_cpu", "--bf16", "False", "--ep_size", "2"]
     elif num_gpus == 1:
         launch = ["--config_file", "accelerate_configs/gpu_1.yaml"]
-        layout = ["--bf16"]
+        layout = []
     else:
         launch = ["--config_file", "accelerate_configs/gpu_8.yaml", "--num_processes", str(num_gpus)]
-        layout = ["--bf16", "--ep_size", "2" if num_gpus % 2 == 0 else "1"]
+        layout = ["--ep_size", "2" if num_gpus % 2 == 0 else "1"]
     num_processes = max(num_gpus, 2 if num_gpus == 0 else 1)
     training = {
         "config": "examples/configs/qwen3_moe_tiny.json",
@@ -49,6 +49,7 @@ def launch_command(folder: Path, train_file: Path, eval_file: Path, max_steps: i
         "output_dir": folder / "run",
         "max_steps": max_steps,
         "max_length": 512,
+        "on_long_row": "split",
         "packing": True,
         "assistant_only_loss": True,
         "per_device_train_batch_size": max(8 // num_processes, 1),
