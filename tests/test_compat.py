@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import PushToHubMixin
+
 from xtuner_hf import _compat
 
 
@@ -31,3 +34,24 @@ def test_signatures():
         "logit_scale",
         "outputs",
     ]
+
+
+def test_methods_that_models_and_trainers_override():
+    """Where saving and pushing pass through; a method that transformers no longer calls would be skipped in silence."""
+    assert parameters(PushToHubMixin._upload_modified_files)[:4] == [
+        "self",
+        "working_dir",
+        "repo_id",
+        "files_timestamps",
+    ]
+    for saving in (PushToHubMixin.push_to_hub, PreTrainedModel.save_pretrained):
+        assert "self._upload_modified_files(" in inspect.getsource(saving)
+    source = inspect.getsource(PreTrainedModel.save_pretrained)
+    for name in ("gather_sharded_state_dict_for_save", "barrier_after_gathered_checkpoint_save"):
+        assert f"self.{name}(" in source
+    assert parameters(PreTrainedModel.barrier_after_gathered_checkpoint_save) == ["self", "distributed_config"]
+    assert parameters(PreTrainedModel.should_save_on_this_rank) == ["self", "is_main_process"]
+    assert parameters(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
+    # Only a checkpoint-N is saved by the trainer itself and with a folder.
+    assert "self.save_model(output_dir, _internal_call=True)" in inspect.getsource(Trainer._save_checkpoint)
+    assert "self.save_model(_internal_call=True)" in inspect.getsource(Trainer.push_to_hub)

@@ -10,10 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # Keys of transformers' own bookkeeping, in no published checkpoint.
-_PRIVATE_KEYS = ("distributed_config", "_experts_implementation", "_attn_implementation")
+_PRIVATE_KEYS = ("distributed_config", "base_model_ep_plan", "_experts_implementation", "_attn_implementation")
 # `num_experts` is what qwen checkpoints say; GPT-OSS and Mixtral do say `num_local_experts`.
 _EXPERTS_KEY = {"qwen3_moe": "num_experts"}
+# Families whose checkpoints leave `layer_types` to the two keys that it follows from.
+_IMPLIED_LAYER_TYPES = ("qwen3",)
 
 
 def to_hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
@@ -22,13 +26,19 @@ def to_hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key.endswith("_config") and isinstance(value, dict) and "model_type" in value:
             config[key] = to_hub_dialect(value)
+    family = config.get("model_type", "")
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
-    experts_key = _EXPERTS_KEY.get(config.get("model_type", ""))
-    if experts_key and "num_local_experts" in config:
-        config[experts_key] = config.pop("num_local_experts")
+    if family in _EXPERTS_KEY and "num_local_experts" in config:
+        config[_EXPERTS_KEY[family]] = config.pop("num_local_experts")
+    if family in _IMPLIED_LAYER_TYPES and _layer_types_are_implied(config):
+        del config["layer_types"]
     if "rope_parameters" in config:
         config |= _split_rope(config.pop("rope_parameters"))
+    if config.get("pad_token_id", 0) is None:
+        del config["pad_token_id"]
+    if "use_cache" in config:
+        config["use_cache"] = True  # a trainer switches it off for its own run
     return dict(sorted(config.items()))
 
 
@@ -41,10 +51,25 @@ def _split_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def write_hub_config(folder: Path) -> None:
-    """Rewrite `folder/config.json` in the Hub's dialect. A folder without one (an adapter's) is left alone."""
+def _layer_types_are_implied(config: dict[str, Any]) -> bool:
+    if "layer_types" not in config:
+        return False
+    num_layers = config["num_hidden_layers"]
+    num_full = config["max_window_layers"] if config.get("sliding_window") else num_layers
+    kinds = ["full_attention" if layer < num_full else "sliding_attention" for layer in range(num_layers)]
+    return config["layer_types"] == kinds
+
+
+def write_hub_config(folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Rewrite `folder/config.json` in the Hub's dialect. A folder without one (an adapter's) is left alone.
+
+    Args:
+        dtype: of the weights next to it; None leaves what the file says.
+    """
     path = folder / "config.json"
     if not path.exists():
         return
     config = to_hub_dialect(json.loads(path.read_text(encoding="utf-8")))
+    if dtype is not None:
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

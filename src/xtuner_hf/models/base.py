@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from .._compat import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -36,7 +40,18 @@ else:
 
 
 class HubModelMixin(_Base):
-    """Goes in front of a transformers class in the bases of a model."""
+    """Goes in front of a transformers class in the bases of a model.
+
+    Attributes:
+        loaded_from: the checkpoint that the weights were read from: the absolute path of a folder, or a name on the
+            Hub; None if they started random.
+        export_dtype: what `save_pretrained` and `push_to_hub` write floating-point weights as; None writes each in
+            its own dtype, as transformers does. Parameters that are fp32 in every published checkpoint of the family
+            stay fp32.
+    """
+
+    loaded_from: str | None = None
+    export_dtype: torch.dtype | None = None
 
     # transformers decides this by reading the module's source for a decorator that stands in moe/experts.py here.
     _can_set_experts_implementation_cached_value = True
@@ -45,34 +60,108 @@ class HubModelMixin(_Base):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but a checkpoint that lacks parameters of the model is an error.
 
+        With `distributed_config` every rank reads its own shard, and what one of them finds amiss all of them raise.
+
         Raises:
             IncompleteCheckpointError: with the names that are missing or have another shape.
         """
         # Tensors of another shape would be an error of transformers' own, which names none of them.
         allow_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        model, info = loaded
-        other_shapes = set() if allow_other_shapes else info["mismatched_keys"]
-        _refuse_incomplete(cls.__name__, pretrained_model_name_or_path, info["missing_keys"], other_shapes)
+        with fail_together(sharded=kwargs.get("distributed_config") is not None):
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+            model, info = loaded
+            other_shapes = set() if allow_other_shapes else info["mismatched_keys"]
+            _refuse_incomplete(cls.__name__, pretrained_model_name_or_path, info["missing_keys"], other_shapes)
+        source = Path(pretrained_model_name_or_path)
+        model.loaded_from = str(source.absolute() if source.exists() else pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
-        """As in transformers, with `config.json` in the dialect that Hub checkpoints and inference engines use."""
-        push_to_hub = kwargs.pop("push_to_hub", False)
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if self.should_save_on_this_rank(is_main_process):
-            write_hub_config(Path(save_directory))
-        if push_to_hub:
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As in transformers, with `config.json` in the dialect that Hub checkpoints and inference engines use.
+
+        Of a sharded model, every rank must call it, and rank 0 writes.
+        """
+        if kwargs.get("distributed_checkpoint") and kwargs.get("push_to_hub"):
             raise ValueError(
-                "save_pretrained(push_to_hub=True) would upload before config.json is final; call push_to_hub()."
+                "distributed_checkpoint=True writes names of transformers' own, which no engine reads: leave it out "
+                "to push to the Hub."
             )
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            write_hub_config(Path(save_directory), self.export_dtype)
+        # No rank goes on to read what rank 0 is still writing.
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """Where transformers uploads what it has just saved, in `save_pretrained` and in `push_to_hub` alike."""
+        if not self.should_save_on_this_rank(True):
+            return None  # the other ranks of push_to_hub() have nothing but a model card in their folder
+        write_hub_config(Path(working_dir), self.export_dtype)
+        if kwargs.get("commit_message") is None:
+            kwargs["commit_message"] = f"Upload {type(self).__name__.removeprefix('FSDP')}"
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def gather_sharded_state_dict_for_save(self, *args, **kwargs):
+        """What transformers is going to write, whole on the rank that writes it, in `export_dtype`."""
+        state_dict = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        for copy, original in self.all_tied_weights_keys.items():
+            # Gathered one by one, tied weights are no longer seen to be tied, and both would be written.
+            if copy in state_dict and original in state_dict and torch.equal(state_dict[copy], state_dict[original]):
+                state_dict[copy] = state_dict[original]
+        if self.export_dtype is None:
+            return state_dict
+        return cast_weights(state_dict, self.export_dtype, keep_fp32=self._keep_in_fp32_modules_strict or ())
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(
             requested_experts or implementation_name(DEFAULT_EXPERTS_KERNEL)
         )
+
+
+def cast_weights(
+    state_dict: dict[str, torch.Tensor], dtype: torch.dtype, keep_fp32: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """The same tensors, floating-point ones in `dtype`; tied ones stay tied.
+
+    Args:
+        keep_fp32: parts of dotted names; tensors with one of them are left alone.
+    """
+    casts: dict[tuple, torch.Tensor] = {}
+
+    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point() or not set(keep_fp32).isdisjoint(name.split(".")):
+            return tensor
+        if tensor.is_meta:
+            raise ValueError(f"{name} is offloaded: save with export_dtype=None, or load the model without offloading.")
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        return casts.setdefault(place, tensor.to(dtype))
+
+    return {name: cast(name, tensor) for name, tensor in state_dict.items()}
+
+
+@contextlib.contextmanager
+def fail_together(sharded: bool) -> Iterator[None]:
+    """Raise on every rank what is raised on one, so that none is left waiting in a collective.
+
+    Args:
+        sharded: whether all ranks are in here; otherwise nothing is done.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    if sharded and dist.is_available() and dist.is_initialized():
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, problem and (isinstance(problem, IncompleteCheckpointError), str(problem)))
+        elsewhere = [(rank, *what) for rank, what in enumerate(found) if what]
+        if problem is None and elsewhere:
+            rank, is_incomplete, message = elsewhere[0]
+            problem = (IncompleteCheckpointError if is_incomplete else RuntimeError)(f"on rank {rank}: {message}")
+    if problem is not None:
+        raise problem
 
 
 def _refuse_incomplete(class_name: str, source, missing: set[str], other_shapes: set) -> None:

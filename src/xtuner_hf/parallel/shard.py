@@ -59,8 +59,15 @@ def shard_model(model: PreTrainedModel, config: DistributedConfig) -> PreTrained
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, src=0)
+    # FSDP takes tied weights apart; as `from_pretrained` does, they are tied again once they are sharded.
+    for name in model.all_tied_weights_keys:
+        module, _, attribute = name.rpartition(".")
+        tied = model.get_parameter(name)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(tied.detach().clone()))
     _, mesh = initialize_distributed_mesh(config)
-    return type(model).maybe_distribute_model(model, config, mesh)
+    model = type(model).maybe_distribute_model(model, config, mesh)
+    model.tie_weights(recompute_mapping=False)
+    return model
 
 
 def sum_gradients(model: nn.Module) -> None:

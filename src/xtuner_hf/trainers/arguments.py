@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..kernels.experts import EXPERTS_KERNELS
+
+EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -50,8 +53,18 @@ class MoEArguments:
             "used 1e-3). Needs a model whose routers have such a bias."
         },
     )
+    export_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "dtype of the weights that save_model() and push_to_hub() write: 'float32', 'bfloat16', 'float16', "
+            "or 'auto': bfloat16 for a run with bf16=True, float16 with fp16=True, otherwise the parameters' own. "
+            "checkpoint-N folders, which training goes on from, always keep the parameters' own."
+        },
+    )
 
     def __post_init__(self):
+        if self.export_dtype not in EXPORT_DTYPES:
+            raise ValueError(f"export_dtype is {self.export_dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}.")
         for name in (
             "router_aux_loss_coef",
             "router_z_loss_coef",
@@ -65,6 +78,15 @@ class MoEArguments:
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
+
+    @property
+    def exported_dtype(self) -> torch.dtype | None:
+        """What weights are exported in, None for the parameters' own dtype."""
+        if self.export_dtype != "auto":
+            return getattr(torch, self.export_dtype)
+        if getattr(self, "bf16", False):
+            return torch.bfloat16
+        return torch.float16 if getattr(self, "fp16", False) else None
 
     @property
     def experts_implementation(self) -> str | None:

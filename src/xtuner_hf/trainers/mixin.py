@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import ProgressCallback as BarCallback
 
+from .. import __version__
+from ..checkpoint.model_card import correct_card
+from ..models.base import HubModelMixin
 from ..moe.balance import BalanceConfig, LoadBalancer
 from ..moe.tokens import TokenLayout
 from .arguments import MoEArguments
@@ -169,6 +173,39 @@ class MoETrainerMixin(_Base):
                 logs |= load.logs()
                 self._history.record_load(load.load_LE)
         super().log(logs, start_time)
+
+    # ---- what a run hands out ----
+
+    @property
+    def _base_model(self) -> HubModelMixin:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # The parent's own calls with a folder save checkpoint-N, which keeps the dtype that training goes on in.
+        is_checkpoint = _internal_call and output_dir is not None
+        self._base_model.export_dtype = None if is_checkpoint else self.args.exported_dtype
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._base_model.export_dtype = None
+
+    def create_model_card(self, *positional: Any, **keywords: Any) -> None:
+        """As the parent's, with what it guesses about the weights' and the data's origins put right."""
+        super().create_model_card(*positional, **keywords)
+        if not self.is_world_process_zero():
+            return
+        said = inspect.signature(super().create_model_card).bind(*positional, **keywords).arguments
+        classes = type(self).__mro__
+        ours, parent = (classes[classes.index(MoETrainerMixin) + step] for step in (-1, 1))
+        correct_card(
+            Path(self.args.output_dir) / "README.md",
+            trainer=ours.__name__,
+            parent=f"{parent.__module__.split('.')[0]}.{parent.__name__}",
+            version=__version__,
+            loaded_from=said.get("finetuned_from") or self._base_model.loaded_from,
+            data_is_named=any(said.get(name) for name in ("dataset", "dataset_name", "dataset_tags")),
+            pushed=self.hub_model_id is not None,
+        )
 
 
 class _StepEnd(TrainerCallback):
