@@ -57,8 +57,9 @@ class MoEArguments:
         default="auto",
         metadata={
             "help": "dtype of the weights that save_model() and push_to_hub() write: 'float32', 'bfloat16', 'float16', "
-            "or 'auto': bfloat16 for a run with bf16=True, float16 with fp16=True, otherwise the parameters' own. "
-            "checkpoint-N folders, which training goes on from, always keep the parameters' own."
+            "or 'auto': bfloat16, as published checkpoints are, for a run with bf16=True, otherwise the parameters' "
+            "own. checkpoint-N folders, which training goes on from, always keep the parameters' own. Choose 'float32' "
+            "where another training run with fp32 weights starts from the result."
         },
     )
 
@@ -84,9 +85,7 @@ class MoEArguments:
         """What weights are exported in, None for the parameters' own dtype."""
         if self.export_dtype != "auto":
             return getattr(torch, self.export_dtype)
-        if getattr(self, "bf16", False):
-            return torch.bfloat16
-        return torch.float16 if getattr(self, "fp16", False) else None
+        return torch.bfloat16 if getattr(self, "bf16", False) else None
 
     @property
     def experts_implementation(self) -> str | None:
