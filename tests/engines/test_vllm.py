@@ -13,10 +13,17 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.ranks import REPO, run_on_ranks
+from xtuner_hf import AutoModelForCausalLM
 
 PYTHON = REPO / ".venv-engine" / "bin" / "python"
 PROMPTS = [[5, 6, 7], [100, 200, 300, 400, 33], [9] * 10]
 NEW_TOKENS = 24
+
+
+def logprobs(model, prompt: list[int], new: list[int]) -> list[float]:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + new]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(new)[:, None])[:, 0].tolist()
 
 
 def greedy_of_transformers(folder: Path) -> dict:
@@ -24,15 +31,11 @@ def greedy_of_transformers(folder: Path) -> dict:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(model).__module__.startswith("transformers.")
     model.generation_config.eos_token_id = None
-    tokens, logprobs = [], []
-    for prompt in PROMPTS:
-        whole = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
-        new = whole[0, len(prompt) :]
-        with torch.no_grad():
-            logits = model(whole).logits[0, len(prompt) - 1 : -1]
-        tokens.append(new.tolist())
-        logprobs.append(logits.log_softmax(-1).gather(-1, new[:, None])[:, 0].tolist())
-    return {"tokens": tokens, "logprobs": logprobs}
+    tokens = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+    return {"tokens": tokens, "logprobs": [logprobs(model, *pair) for pair in zip(PROMPTS, tokens, strict=True)]}
 
 
 def greedy_of_vllm(folder: Path, scratch: Path) -> dict:
@@ -64,6 +67,8 @@ def test_vllm_generates_what_transformers_does(tmp_path):
     expected = greedy_of_transformers(tmp_path / "trained")
     found = greedy_of_vllm(tmp_path / "trained", tmp_path)
     assert found["tokens"] == expected["tokens"]
-    difference = torch.tensor(found["logprobs"]) - torch.tensor(expected["logprobs"])
-    assert difference.abs().max() < 1e-4
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "trained").eval()
+    trained_for = [logprobs(ours, *pair) for pair in zip(PROMPTS, found["tokens"], strict=True)]
+    for reference in (expected["logprobs"], trained_for):
+        assert (torch.tensor(found["logprobs"]) - torch.tensor(reference)).abs().max() < 1e-4
     assert greedy_of_transformers(tmp_path / "start")["tokens"] != expected["tokens"]
