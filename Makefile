@@ -14,7 +14,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output_dir $(DEMO_OUT)
 
-test: $(STAMP) lint
+test: $(STAMP) $(ENGINE_STAMP) lint
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
 lint: $(STAMP)

@@ -22,9 +22,16 @@ def test_train_py_of_the_readme_runs(tmp_path):
     tokenizer = tiny_tokenizer()
     build(Qwen3MoeForCausalLM, moe_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
-    rows = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]} for i in range(9)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]}
+        for i in range(9)
+    ]
     (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "train.py").write_text(script.replace("Qwen/Qwen3-30B-A3B", "tiny"))
+    (tmp_path / "train.py").write_text(
+        script.replace("Qwen/Qwen3-30B-A3B", "tiny").replace("bf16=True", "bf16=False, use_cpu=True")
+    )
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, check=True, timeout=200)
-    assert {"config.json", "model.safetensors", "training.png", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "training.png", "tokenizer.json"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
