@@ -22,6 +22,9 @@ def test_signatures():
         "overwrite",
     ]
     assert parameters(_compat.initialize_distributed_mesh) == ["distributed_config"]
+    assert parameters(_compat.revert_weight_conversion) == ["model", "state_dict"]
+    assert parameters(_compat.compute_local_shape_and_global_offset)[:3] == ["global_shape", "mesh", "placements"]
+    assert _compat.parse_size_to_int("5GB") == 5 * 10**9
     assert parameters(_compat.OutputRecorder)[:2] == ["target_class", "index"]
     assert parameters(_compat.ChunkedLogProbFunction.forward)[1:] == [
         "hidden",
@@ -55,3 +58,30 @@ def test_methods_that_models_and_trainers_override():
     # Only a checkpoint-N is saved by the trainer itself and with a folder.
     assert "self.save_model(output_dir, _internal_call=True)" in inspect.getsource(Trainer._save_checkpoint)
     assert "self.save_model(_internal_call=True)" in inspect.getsource(Trainer.push_to_hub)
+
+
+def test_methods_of_the_trainer_that_ours_replace_or_call():
+    """`trainers/checkpointing.py` and `trainers/stability.py` stand in for these."""
+    expected = {
+        "_save_checkpoint": ["model", "trial"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_load_best_model": [],
+        "_save_rng_state": ["output_dir"],
+        "_load_rng_state": ["checkpoint"],
+        "_save_scaler": ["output_dir"],
+        "_get_output_dir": ["trial"],
+        "_get_grad_norm": ["model", "grad_norm"],
+        "_finalize_training": ["trial", "num_train_samples", "start_time"],
+        "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+        "save_model": ["output_dir", "_internal_call"],
+    }
+    for name, names in expected.items():
+        assert parameters(getattr(Trainer, name))[1:] == names, name
+
+
+def test_state_of_the_trainer_that_a_checkpoint_holds():
+    source = inspect.getsource(Trainer._inner_training_loop)
+    for name in ("self._tr_loss = ", "self._globalstep_last_logged = "):
+        assert name in source
+    assert source.index("self._tr_loss = ") < source.index("on_train_begin")

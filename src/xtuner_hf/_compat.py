@@ -1,6 +1,7 @@
-"""Names of transformers and TRL that this package leans on and that their documentation does not promise.
+"""Names of torch and HuggingFace libraries that this package leans on and that their documentation does not promise.
 
-Checked with transformers 5.23 and TRL 1.16; `tests/test_compat.py` fails when one moves or changes its signature.
+Checked with torch 2.13, transformers 5.23 and TRL 1.16; `tests/test_compat.py` fails when one moves or changes its
+signature.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from huggingface_hub.serialization._base import parse_size_to_int
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.distributed.utils import initialize_distributed_mesh
 from transformers.utils.output_capturing import OutputRecorder
 from trl.kernels import ChunkedLogProbFunction
@@ -30,12 +34,15 @@ __all__ = [
     "ChunkedLogProbFunction",
     "DataCollatorForLanguageModeling",
     "OutputRecorder",
+    "compute_local_shape_and_global_offset",
     "get_checkpoint_conversion_mapping",
     "global_then_local_main_first",
     "has_generation_markers",
     "initialize_distributed_mesh",
     "is_chat_template_stop_token_trained",
+    "parse_size_to_int",
     "register_checkpoint_conversion_mapping",
+    "revert_weight_conversion",
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -14,8 +13,6 @@ import xtuner_hf
 from tests.tiny import build, dense_config, moe_config, uneven_rows
 from tests.trainers.scenario import tiny_tokenizer
 from xtuner_hf.data import PackedCollator
-
-RANK = int(os.environ.get("RANK", "0"))
 
 
 def outcome(function, *args, **kwargs) -> str:
@@ -71,13 +68,14 @@ def models() -> dict:
 
 
 def train_and_save(folder: str, kind: str, model: str, ep_size: int = 1) -> dict[str, torch.Tensor]:
-    """Train two steps and save in every way; each rank has a folder of its own, so that one that writes is seen.
+    """Train two steps and save in every way.
 
     Args:
         model: one of `models()`, or a checkpoint's folder.
     """
-    output = Path(folder) / f"rank{RANK}"
-    trainer = make_trainer(kind, models()[model]() if model in models() else model, str(output), ep_size=ep_size)
+    output = Path(folder) / "run"
+    start = models()[model]() if model in models() else model
+    trainer = make_trainer(kind, start, str(output), ep_size=ep_size, save_only_model=True)
     trainer.train()
     trainer.save_model()
     trainer.args.export_dtype = "bfloat16"
@@ -146,13 +144,14 @@ def meet_faults() -> dict[str, str]:
 
 def train_and_push(folder: str, kind: str, model: str, ep_size: int = 1) -> None:
     """Train and push as `push_to_hub=True` asks for, in bf16 from fp32 weights; then the model alone."""
-    output = Path(folder) / f"rank{RANK}"
+    output = Path(folder) / "run"
     trainer = make_trainer(
         kind,
         models()[model]() if model in models() else model,
         str(output),
         ep_size=ep_size,
         save_steps=1,
+        save_only_model=True,
         bf16=True,
         push_to_hub=True,
         hub_model_id=f"me/{kind}",

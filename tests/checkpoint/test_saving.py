@@ -96,7 +96,7 @@ def test_a_sharded_run_saves_what_one_process_would(kind, model, ep_size, tmp_pa
     states = run_on_ranks(
         "tests.checkpoint.runs:train_and_save", 2, folder=str(tmp_path), kind=kind, model=model, ep_size=ep_size
     )
-    saved, alone = tmp_path / "rank0", save_alone(model, states[0], tmp_path / "alone")
+    saved, alone = tmp_path / "run", save_alone(model, states[0], tmp_path / "alone")
     assert_same_tensors(saved, alone)
     assert_same_tensors(saved / "checkpoint-2", alone)
     assert_same_tensors(saved / "bf16", save_alone(model, states[0], tmp_path / "alone_bf16", torch.bfloat16))
@@ -106,7 +106,6 @@ def test_a_sharded_run_saves_what_one_process_would(kind, model, ep_size, tmp_pa
         assert (folder / "generation_config.json").exists()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
-    assert not [path for path in (tmp_path / "rank1").rglob("*") if path.is_file()]
     for folder in (saved, saved / "bf16"):
         assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (model != "tied")
 
@@ -134,12 +133,12 @@ def test_a_trained_checkpoint_s_config_is_the_one_that_it_came_from(tmp_path):
     )
     version = {"transformers_version": transformers.__version__}
     tokenizer = {"pad_token_id": 0}  # transformers' trainer writes the tokenizer's into both files
-    assert read(tmp_path / "rank0" / "bf16" / "config.json") == PUBLISHED_CONFIG | version | tokenizer
+    assert read(tmp_path / "run" / "bf16" / "config.json") == PUBLISHED_CONFIG | version | tokenizer
     # fp32 master weights, said so
-    assert read(tmp_path / "rank0" / "config.json")["torch_dtype"] == "float32"
-    found = read(tmp_path / "rank0" / "bf16" / "generation_config.json")
+    assert read(tmp_path / "run" / "config.json")["torch_dtype"] == "float32"
+    found = read(tmp_path / "run" / "bf16" / "generation_config.json")
     assert found == PUBLISHED_GENERATION_CONFIG | version | tokenizer
-    published, exported = (load_file(path / "model.safetensors") for path in (source, tmp_path / "rank0" / "bf16"))
+    published, exported = (load_file(path / "model.safetensors") for path in (source, tmp_path / "run" / "bf16"))
     assert {name: t.dtype for name, t in exported.items()} == {name: t.dtype for name, t in published.items()}
 
 

@@ -62,10 +62,37 @@ class MoEArguments:
             "where another training run with fp32 weights starts from the result."
         },
     )
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "A step with a non-finite loss or gradient norm is skipped on all ranks; after so many in a row "
+            "training stops with an error."
+        },
+    )
+    uneven_batches: str = field(
+        default="error",
+        metadata={
+            "help": "When ranks run out of data at different steps: 'error', or 'drain' to end the epoch for all where "
+            "the first rank runs out (what the others have left is dropped)."
+        },
+    )
+    watchdog_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds without progress after which each rank logs where it waits, and in which collective. "
+            "0 switches the watchdog off."
+        },
+    )
 
     def __post_init__(self):
         if self.export_dtype not in EXPORT_DTYPES:
             raise ValueError(f"export_dtype is {self.export_dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}.")
+        if self.uneven_batches not in ("error", "drain"):
+            raise ValueError(f"uneven_batches is {self.uneven_batches!r}; choose 'error' or 'drain'.")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; it must be 1 or more.")
+        if self.watchdog_timeout < 0:
+            raise ValueError(f"watchdog_timeout is {self.watchdog_timeout}; it must be 0 (off) or positive.")
         for name in (
             "router_aux_loss_coef",
             "router_z_loss_coef",

@@ -19,10 +19,12 @@ from ..models.base import HubModelMixin
 from ..moe.balance import BalanceConfig, LoadBalancer
 from ..moe.tokens import TokenLayout
 from .arguments import MoEArguments
+from .checkpointing import CheckpointingMixin
 from .figure import FIGURE_FILE, draw_training
 from .history import HISTORY_FILE, HistoryCallback
 from .progress import ProgressLineCallback
 from .setup import check_dataset, check_output_dir, prepare_model
+from .stability import StabilityMixin
 from .throughput import ThroughputMeter
 
 # A mixin: the trainer that it stands in front of is its base for the type checker alone.
@@ -32,14 +34,16 @@ else:
     _Base = object
 
 
-class MoETrainerMixin(_Base):
+class MoETrainerMixin(StabilityMixin, CheckpointingMixin, _Base):
     """Stands in front of a `Trainer` class in the bases of a trainer.
 
     One optimizer step:
 
         get_batch_samples   fetch all micro-batches, count their real tokens and documents over all ranks
         count pass          only with accumulation and a Switch loss: forward all of them without gradient
-        training_step       each micro-batch: forward (counted), reduce the counts, backward; then the correction bias
+        training_step       each micro-batch: forward (counted), reduce the counts, backward
+        _get_grad_norm      gradients are clipped; skip the step on all ranks if it is not finite (stability.py), or
+                            update the correction bias
         log                 tokens/s, MFU and the load of the experts in this step
     """
 
@@ -117,8 +121,6 @@ class MoETrainerMixin(_Base):
         self._micro_batch += 1
         if self._micro_batch == len(self._batches):
             self._reduce_counts()
-            if self.args.router_bias_update_rate:
-                self._balance.update_bias(self.args.router_bias_update_rate)
         # The parent logs the mean over ranks; the loss is the sum of their shares.
         return share * self.accelerator.num_processes
 
@@ -130,6 +132,12 @@ class MoETrainerMixin(_Base):
                 inputs = {key: value for key, value in batch.items() if "labels" not in key}
                 model(**self._prepare_inputs(inputs), use_cache=False, logits_to_keep=1)
         self._reduce_counts()
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.args.router_bias_update_rate and not self.step_was_skipped:
+            self._balance.update_bias(self.args.router_bias_update_rate)
+        return norm
 
     def _end_step(self) -> None:
         if self._meter is not None:
@@ -155,8 +163,9 @@ class MoETrainerMixin(_Base):
     # ---- a run ----
 
     def train(self, resume_from_checkpoint=None, *positional, **keywords):
+        asked, resume_from_checkpoint = resume_from_checkpoint, self.checkpoint_to_resume(resume_from_checkpoint)
         if self._meter is None:  # a second train() of the same trainer goes on in its own folder
-            check_output_dir(self.args.output_dir, resuming=bool(resume_from_checkpoint))
+            check_output_dir(self.args.output_dir, resuming=bool(asked))
             self.accelerator.wait_for_everyone()
             self._meter = ThroughputMeter(self.model, self.args.device, self.accelerator.num_processes)
         output = super().train(resume_from_checkpoint, *positional, **keywords)
@@ -180,15 +189,6 @@ class MoETrainerMixin(_Base):
     def _base_model(self) -> HubModelMixin:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # The parent's own calls with a folder save checkpoint-N, which keeps the dtype that training goes on in.
-        is_checkpoint = _internal_call and output_dir is not None
-        self._base_model.export_dtype = None if is_checkpoint else self.args.exported_dtype
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self._base_model.export_dtype = None
-
     def create_model_card(self, *positional: Any, **keywords: Any) -> None:
         """As the parent's, with what it guesses about the weights' and the data's origins put right."""
         super().create_model_card(*positional, **keywords)
@@ -196,7 +196,9 @@ class MoETrainerMixin(_Base):
             return
         said = inspect.signature(super().create_model_card).bind(*positional, **keywords).arguments
         classes = type(self).__mro__
-        ours, parent = (classes[classes.index(MoETrainerMixin) + step] for step in (-1, 1))
+        ours = classes[classes.index(MoETrainerMixin) - 1]
+        behind = classes[classes.index(MoETrainerMixin) :]
+        parent = next(cls for cls in behind if not cls.__module__.startswith(f"{__package__}."))
         correct_card(
             Path(self.args.output_dir) / "README.md",
             trainer=ours.__name__,

@@ -1,0 +1,84 @@
+"""`xtuner-hf`: commands around training.
+
+xtuner-hf convert out/checkpoint-500 model-for-the-hub --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="xtuner-hf", description="Commands around MoE training.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser(
+        "convert",
+        help="make a Hub checkpoint of a training checkpoint",
+        description="Write the model of a training checkpoint as the Hub has it: safetensors, index, config and "
+        "tokenizer. Reads one chunk at a time. Under torchrun or accelerate launch the processes share the writing.",
+    )
+    convert.add_argument("checkpoint", type=Path, help="checkpoint-N, or an output_dir for its newest one")
+    convert.add_argument("out", type=Path, help="folder to write, best a new one")
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as saved"
+    )
+    convert.add_argument("--max-shard-size", default="5GB", help="size of a file at most, 5GB by default")
+    options = parser.parse_args(arguments)
+    convert_checkpoint(options.checkpoint, options.out, options.dtype, options.max_shard_size)
+
+
+def convert_checkpoint(checkpoint: Path, out: Path, dtype: str | None, max_shard_size: str) -> None:
+    """What `xtuner-hf convert` does.
+
+    Raises:
+        SystemExit: with one sentence, if there is no complete checkpoint.
+    """
+    # Not on top: `--help` should not take the seconds that torch needs.
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoConfig
+
+    from ._compat import parse_size_to_int
+    from .checkpoint.export import export_to_hub
+    from .checkpoint.folder import complete_checkpoints, read_facts
+    from .checkpoint.sources import CheckpointTensors
+    from .models.auto import causal_lm_class
+
+    if read_facts(checkpoint) is None:
+        complete = complete_checkpoints(checkpoint)
+        if not complete:
+            raise SystemExit(f"{checkpoint} is no complete training checkpoint and holds none.")
+        checkpoint = complete[-1]
+    group = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        group = dist.group.WORLD
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
+    config = AutoConfig.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        model = causal_lm_class(config)._from_config(config)
+    source = CheckpointTensors(checkpoint, rank, world_size)
+    export_to_hub(
+        model,
+        out,
+        source=source,
+        dtype=getattr(torch, dtype) if dtype else None,
+        max_shard_bytes=parse_size_to_int(max_shard_size),
+        group=group,
+    )
+    if rank == 0:
+        copy_companions(checkpoint, out)
+        print(f"{out}: the model of {checkpoint}")
+
+
+def copy_companions(checkpoint: Path, out: Path) -> None:
+    """Tokenizer, processor and the like: what lies beside the shards and is not the training's own."""
+    own = {"checkpoint.json", "trainer_state.json", "config.json", "generation_config.json"}
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.name not in own and path.suffix not in (".pt", ".pth", ".bin"):
+            shutil.copy2(path, out / path.name)
