@@ -1,10 +1,14 @@
-"""The private names that `_compat.py` leans on: this fails when transformers or TRL moves or changes one."""
+"""The private names that `_compat.py` leans on: this fails when transformers, TRL or torch moves or changes one."""
 
 from __future__ import annotations
 
 import inspect
 
+import torch
+import transformers
 from transformers import PreTrainedModel, Trainer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.utils import PushToHubMixin
 
 from xtuner_hf import _compat
@@ -21,6 +25,7 @@ def test_signatures():
         "mapping",
         "overwrite",
     ]
+    assert parameters(_compat.revert_weight_conversion) == ["model", "state_dict"]
     assert parameters(_compat.initialize_distributed_mesh) == ["distributed_config"]
     assert parameters(_compat.revert_weight_conversion) == ["model", "state_dict"]
     assert parameters(_compat.compute_local_shape_and_global_offset)[:3] == ["global_shape", "mesh", "placements"]
@@ -85,3 +90,37 @@ def test_state_of_the_trainer_that_a_checkpoint_holds():
     for name in ("self._tr_loss = ", "self._globalstep_last_logged = "):
         assert name in source
     assert source.index("self._tr_loss = ") < source.index("on_train_begin")
+
+
+def test_flash_attention_for_cpu():
+    query = torch.zeros(1, 2, 3, 4)
+    output, lse = _compat.cpu_flash_attention(query, query, query, torch.zeros(1, 1, 3, 3), 1.0)
+    assert output.shape == query.shape
+    assert lse.shape == (1, 2, 3)
+    grads = _compat.cpu_flash_attention_backward(output, query, query, query, output, lse, None, 1.0)
+    assert [grad.shape for grad in grads] == [query.shape] * 3
+
+
+def test_conversion_operations():
+    assert "model" in parameters(transformers.core_model_loading.Split.convert)
+    assert isinstance(inspect.getattr_static(_compat.ConversionOps, "reverse_op"), property)
+    assert parameters(_compat.WeightConverter)[:3] == ["source_patterns", "target_patterns", "operations"]
+
+
+def test_experts_modules_say_how_their_weights_lie():
+    """What `moe/experts.py` reads off any experts module of transformers."""
+    config = transformers.GptOssConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)
+    experts = GptOssExperts(config)
+    assert (experts.is_transposed, experts.has_bias) == (True, True)
+    assert experts._apply_gate(torch.zeros(3, 16)).shape == (3, 8)
+    experts = DeepseekV3Experts(transformers.DeepseekV3Config(hidden_size=8, moe_intermediate_size=8))
+    assert (experts.is_transposed, experts.has_bias) == (False, False)
+    assert experts._apply_gate(torch.zeros(3, 16)).shape == (3, 8)
+
+
+def test_models_name_their_tied_weights():
+    config = transformers.Qwen3Config(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, tie_word_embeddings=True
+    )
+    model = transformers.Qwen3ForCausalLM(config)
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}

@@ -38,11 +38,11 @@ def dense_config(**changes) -> Qwen3Config:
 
 
 def randomize_(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Move norms and correction biases off the 1 and 0 that they start at, where mistakes cancel."""
+    """Move norms and all biases off the 1 and 0 that they start at, where mistakes cancel."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "norm" in name or "e_score_correction_bias" in name:
+            if "norm" in name or name.endswith("bias"):
                 tensor += 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor)
     return model
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .models.auto import AutoModelForCausalLM
     from .models.base import IncompleteCheckpointError
+    from .models.deepseek_v3.modeling import DeepseekV3ForCausalLM
+    from .models.glm4_moe.modeling import Glm4MoeForCausalLM
+    from .models.gpt_oss.modeling import GptOssForCausalLM
     from .models.qwen3.modeling import Qwen3ForCausalLM
     from .models.qwen3_moe.modeling import Qwen3MoeForCausalLM
     from .trainers.arguments import MoESFTConfig, MoETrainingArguments
@@ -19,6 +22,9 @@ __version__ = "0.1.0.dev0"
 # Public name -> module, imported when first used.
 _HOMES = {
     "AutoModelForCausalLM": "models.auto",
+    "DeepseekV3ForCausalLM": "models.deepseek_v3.modeling",
+    "Glm4MoeForCausalLM": "models.glm4_moe.modeling",
+    "GptOssForCausalLM": "models.gpt_oss.modeling",
     "IncompleteCheckpointError": "models.base",
     "MoESFTConfig": "trainers.arguments",
     "MoESFTTrainer": "trainers.sft",
@@ -30,6 +36,9 @@ _HOMES = {
 
 __all__ = [
     "AutoModelForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "GptOssForCausalLM",
     "IncompleteCheckpointError",
     "MoESFTConfig",
     "MoESFTTrainer",

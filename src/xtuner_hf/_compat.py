@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
 from transformers.distributed.utils import initialize_distributed_mesh
 from transformers.utils.output_capturing import OutputRecorder
 from trl.kernels import ChunkedLogProbFunction
@@ -32,9 +33,13 @@ _LAZY_HOMES = {
 
 __all__ = [
     "ChunkedLogProbFunction",
+    "ConversionOps",
     "DataCollatorForLanguageModeling",
     "OutputRecorder",
+    "WeightConverter",
     "compute_local_shape_and_global_offset",
+    "cpu_flash_attention",
+    "cpu_flash_attention_backward",
     "get_checkpoint_conversion_mapping",
     "global_then_local_main_first",
     "has_generation_markers",
@@ -50,3 +55,17 @@ def __getattr__(name: str) -> object:
     if name not in _LAZY_HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY_HOMES[name]), name)
+
+
+def cpu_flash_attention(query, key, value, mask, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's flash attention for CPU: output [B, N, S, D] and the log-sum-exp [B, N, S] that SDPA keeps to itself."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+    )
+
+
+def cpu_flash_attention_backward(grad_output, query, key, value, output, lse, mask, scaling: float):
+    """Gradients of query, key and value."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_output, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scaling
+    )

@@ -54,7 +54,7 @@ def test_from_config_makes_our_class():
 
 
 def test_an_unknown_family_is_named_with_those_that_there_are():
-    with pytest.raises(UnknownFamilyError, match=r"'gpt2'; it has: qwen3, qwen3_moe"):
+    with pytest.raises(UnknownFamilyError, match=r"'gpt2'; it has: .*qwen3, qwen3_moe"):
         AutoModelForCausalLM.from_config(transformers.GPT2Config())
 
 

@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig
 
+from tests.families import deepseek_config, gpt_oss_config
 from tests.ranks import run_on_ranks
 from tests.tiny import build, dense_config, moe_config
-from xtuner_hf import Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from xtuner_hf import DeepseekV3ForCausalLM, GptOssForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 from xtuner_hf.models.flops import TrainingFlops
 
 
@@ -41,6 +42,20 @@ def test_forward_of_a_dense_model_equals_torch_s_counter():
     # Forward is a third; the counter sees the whole square of attention.
     attention = flops.per_squared_length * 2 * 16**2
     assert counter.get_total_flops() == pytest.approx((flops.per_token * 32 + 2 * attention) / 3, rel=1e-9)
+
+
+def test_a_layer_with_a_window_is_linear_in_the_length_and_mla_has_two_head_sizes():
+    config = gpt_oss_config(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+    flops = TrainingFlops.of_model(build(GptOssForCausalLM, config))
+    per_pair = 6 * config.num_attention_heads * 2 * config.head_dim
+    assert flops.per_squared_length == 2 * per_pair / 2
+    narrower = gpt_oss_config(sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    less = TrainingFlops.of_model(build(GptOssForCausalLM, narrower))
+    assert flops.per_token - less.per_token == 2 * per_pair * 4
+    config = deepseek_config()
+    flops = TrainingFlops.of_model(build(DeepseekV3ForCausalLM, config))
+    heads = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    assert flops.per_squared_length == config.num_hidden_layers * 6 * heads / 2
 
 
 def test_frozen_weights_have_no_gradient_to_compute():

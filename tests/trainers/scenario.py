@@ -9,7 +9,8 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tests.tiny import build, moe_config, uneven_rows
+from tests.families import FAMILIES
+from tests.tiny import uneven_rows
 
 BALANCE = {
     "router_aux_loss_coef": 0.05,
@@ -48,15 +49,20 @@ def train(
     pad_to_multiple_of: int | None = None,
     steps: int = 2,
     dtype: torch.dtype = torch.float64,
+    family: str = "qwen3_moe",
     config: dict | None = None,
+    init: dict | None = None,
     **arguments,
 ) -> dict:
-    """Train a tiny model on rows of uneven length, 8 of them an optimizer step if batch x ranks x accumulation is."""
+    """Train a tiny model on rows of uneven length, 8 of them an optimizer step if batch x ranks x accumulation is.
+
+    `config` changes the family's configuration, `init` goes to the model's constructor.
+    """
     import xtuner_hf
     from xtuner_hf.data import PackedCollator
 
-    model = build(xtuner_hf.Qwen3MoeForCausalLM, moe_config(router_correction_bias=True, **(config or {})))
-    model = cast_parameters(model, dtype)
+    changes = {"router_correction_bias": True} if family == "qwen3_moe" else {}
+    model = FAMILIES[family].ours(dtype, init=init, **changes, **(config or {}))
     recorder = Recorder()
     arguments_class = xtuner_hf.MoESFTConfig if trainer_kind == "MoESFTTrainer" else xtuner_hf.MoETrainingArguments
     with tempfile.TemporaryDirectory() as folder:
@@ -89,13 +95,6 @@ def train(
         trainer.train()
     state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
     return {"logs": recorder.logs, "grads": recorder.grads, "state": state}
-
-
-def cast_parameters(model, dtype: torch.dtype):
-    # Not `.to(dtype)`: the correction bias stays fp32.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def tiny_tokenizer():

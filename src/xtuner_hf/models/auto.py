@@ -7,8 +7,14 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .kimi_k2 import configuration as _kimi_k2  # noqa: F401  lets AutoConfig read its config.json
+
 # model_type -> (module of this package, class name), imported when first used.
 CAUSAL_LM_CLASSES = {
+    "deepseek_v3": ("deepseek_v3.modeling", "DeepseekV3ForCausalLM"),
+    "glm4_moe": ("glm4_moe.modeling", "Glm4MoeForCausalLM"),
+    "gpt_oss": ("gpt_oss.modeling", "GptOssForCausalLM"),
+    "kimi_k2": ("kimi_k2.modeling", "DeepseekV3ForCausalLM"),
     "qwen3": ("qwen3.modeling", "Qwen3ForCausalLM"),
     "qwen3_moe": ("qwen3_moe.modeling", "Qwen3MoeForCausalLM"),
 }

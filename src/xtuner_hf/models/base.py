@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from .._compat import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from .._compat import WeightConverter, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from ..checkpoint.hub_config import write_hub_config
 from ..moe.experts import implementation_name
+from .precision import fp32_buffers_kept
 
 DEFAULT_EXPERTS_KERNEL = "grouped_mm"
 
@@ -22,14 +23,18 @@ class IncompleteCheckpointError(ValueError):
     """A checkpoint that would leave parameters at random values."""
 
 
-def use_hub_layout(model_type: str) -> None:
+def use_hub_layout(model_type: str, *, like: str | None = None, further: Sequence[WeightConverter] = ()) -> None:
     """Let our classes of this `model_type` read and write the per-expert tensors that the Hub holds.
 
     transformers applies its conversions to classes outside its own package only where somebody registers them;
     otherwise a checkpoint loads with random experts and one warning.
+
+    Args:
+        like: the `model_type` whose conversions to take, for one that transformers does not know.
+        further: conversions that transformers' own list lacks.
     """
-    mapping = get_checkpoint_conversion_mapping(model_type)
-    register_checkpoint_conversion_mapping(model_type, mapping or [], overwrite=True)
+    mapping = get_checkpoint_conversion_mapping(like or model_type) or []
+    register_checkpoint_conversion_mapping(model_type, [*mapping, *further], overwrite=True)
 
 
 # A mixin: the model class that it stands in front of is its base for the type checker alone.
@@ -73,7 +78,7 @@ class HubModelMixin(_Base):
             )
             model, info = loaded
             other_shapes = set() if allow_other_shapes else info["mismatched_keys"]
-            _refuse_incomplete(cls.__name__, pretrained_model_name_or_path, info["missing_keys"], other_shapes)
+            _refuse_incomplete(model, pretrained_model_name_or_path, info["missing_keys"], other_shapes)
         source = Path(pretrained_model_name_or_path)
         model.loaded_from = str(source.absolute() if source.exists() else pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
@@ -113,6 +118,14 @@ class HubModelMixin(_Base):
         if self.export_dtype is None:
             return state_dict
         return cast_weights(state_dict, self.export_dtype, keep_fp32=self._keep_in_fp32_modules_strict or ())
+
+    def _apply(self, fn, recurse: bool = True):
+        with fp32_buffers_kept(self):  # through `.to(torch.bfloat16)` too
+            return super()._apply(fn, recurse)
+
+    def explain_missing(self, names: set[str]) -> str:
+        """What a family has to add to the error about missing parameters of these names."""
+        return ""
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(
@@ -164,7 +177,7 @@ def fail_together(sharded: bool) -> Iterator[None]:
         raise problem
 
 
-def _refuse_incomplete(class_name: str, source, missing: set[str], other_shapes: set) -> None:
+def _refuse_incomplete(model: HubModelMixin, source, missing: set[str], other_shapes: set) -> None:
     # (name, shape in the checkpoint, shape in the model)
     shapes = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in sorted(other_shapes)]
     names = sorted(missing) + shapes
@@ -172,7 +185,7 @@ def _refuse_incomplete(class_name: str, source, missing: set[str], other_shapes:
         return
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     raise IncompleteCheckpointError(
-        f"{source} does not hold all of {class_name}: {len(missing)} parameters are missing and {len(shapes)} have "
-        f"another shape ({shown}); they would be left random. Check that config.json belongs to these weights and that "
-        "no shard file or expert is missing."
+        f"{source} does not hold all of {type(model).__name__}: {len(missing)} parameters are missing and "
+        f"{len(shapes)} have another shape ({shown}); they would be left random. Check that config.json belongs to "
+        "these weights and that no shard file or expert is missing." + model.explain_missing(missing)
     )

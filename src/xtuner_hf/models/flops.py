@@ -23,8 +23,8 @@ class TrainingFlops:
     """FLOPs of forward and backward, linear in two sums over the documents of a batch.
 
     Args:
-        per_token: of the matrix products with parameters.
-        per_squared_length: of attention, for each (document length)^2.
+        per_token: of the matrix products with parameters, and of attention within a sliding window.
+        per_squared_length: of full attention, for each (document length)^2.
     """
 
     per_token: float
@@ -33,7 +33,8 @@ class TrainingFlops:
     @classmethod
     def of_model(cls, model: nn.Module) -> TrainingFlops:
         """Count a model, sharded or on the meta device as well."""
-        return cls(_matrix_flops_per_token(model), _attention_flops_per_squared_length(_text_config(model)))
+        windowed, full = _attention_flops(_text_config(model))
+        return cls(_matrix_flops_per_token(model) + windowed, full)
 
     def __call__(self, num_tokens: float, squared_lengths: float) -> float:
         """FLOPs of a batch.
@@ -69,8 +70,18 @@ def _flops(weight: torch.Tensor) -> float:
     return weight.numel() * (FORWARD + backward)
 
 
-def _attention_flops_per_squared_length(config: Any) -> float:
+def _attention_flops(config: Any) -> tuple[float, float]:
+    """(per token, per squared document length): layers with a sliding window meet at most its keys, whatever the length.
+
+    Queries times keys and probabilities times values: one product of each kind forward and two backward, over half of
+    the square. Head sizes may differ (MLA). A document shorter than the window is counted as if it had the window's.
+    """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Queries times keys and probabilities times values: two products forward, four backward, over half of the square.
-    products = 6 * FORWARD * config.num_attention_heads * head_dim / 2
-    return config.num_hidden_layers * products
+    qk_dim = getattr(config, "qk_head_dim", None) or head_dim
+    v_dim = getattr(config, "v_head_dim", None) or head_dim
+    per_pair = 3 * FORWARD * config.num_attention_heads * (qk_dim + v_dim)
+    window = getattr(config, "sliding_window", None) or 0
+    layer_types = getattr(config, "layer_types", None) or []
+    num_windowed = sum(kind == "sliding_attention" for kind in layer_types) if window else 0
+    num_full = config.num_hidden_layers - num_windowed
+    return num_windowed * per_pair * window, num_full * per_pair / 2

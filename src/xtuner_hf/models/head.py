@@ -5,6 +5,8 @@ Legend: B rows, S positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -52,9 +54,14 @@ class ChunkedLossMixin:
                 kwargs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return super().forward(input_ids=input_ids, **kwargs)
         kwargs.pop("logits_to_keep", None)
-        hidden_BSH = self.model(input_ids=input_ids, **kwargs).last_hidden_state
-        next_labels_BS = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        total = self.lm_head(hidden_BSH, next_labels_BS)
         if num_items_in_batch is None:
-            num_items_in_batch = (next_labels_BS != IGNORE_INDEX).sum().clamp(min=1)
-        return CausalLMOutputWithPast(loss=total / num_items_in_batch)
+            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
+        return self.chunked_output(self.model(input_ids=input_ids, **kwargs), labels, num_items_in_batch, kwargs)
+
+    def chunked_output(
+        self, trunk_outputs: Any, labels_BS: torch.Tensor, num_items: torch.Tensor | int, inputs: dict[str, Any]
+    ) -> CausalLMOutputWithPast:
+        """The loss from the trunk's outputs; `inputs` is what the trunk was called with."""
+        next_labels_BS = nn.functional.pad(labels_BS[:, 1:], (0, 1), value=IGNORE_INDEX)
+        total = self.lm_head(trunk_outputs.last_hidden_state, next_labels_BS)
+        return CausalLMOutputWithPast(loss=total / num_items)

@@ -28,7 +28,7 @@ from torch import nn
 from .dispatcher import count_tokens
 from .load_metrics import LoadMetrics
 from .losses import sequence_loss, switch_loss, z_loss
-from .router import SoftmaxTopKRouter
+from .router import Router
 from .routing import Routing
 from .tokens import TokenLayout
 
@@ -79,7 +79,7 @@ class LayerLoad:
         self.other_losses = torch.zeros(2, dtype=torch.float32, device=device)  # z and sequence loss, shares so far
         self.fraction_E: torch.Tensor | None = None  # fp32, load of the whole step; set by reduce()
 
-    def observe(self, router: SoftmaxTopKRouter, routing: Routing, layout: TokenLayout) -> torch.Tensor:
+    def observe(self, router: Router, routing: Routing, layout: TokenLayout) -> torch.Tensor:
         """Count a micro-batch if it is to be counted; returns the routing weights, tied to the balance losses."""
         if self.step.recording:
             self._record(router, routing, layout)
@@ -89,21 +89,21 @@ class LayerLoad:
         return routing.weights_TK
 
     @torch.no_grad()
-    def _record(self, router: SoftmaxTopKRouter, routing: Routing, layout: TokenLayout) -> None:
+    def _record(self, router: Router, routing: Routing, layout: TokenLayout) -> None:
         real_T = layout.real_T
         counted_TK = real_T[:, None].expand_as(routing.topk_ids_TK)
         self.count_E += count_tokens(routing.topk_ids_TK, router.num_experts, counted_TK)
-        probs_TE = router.scores(routing.logits_TE)
+        probs_TE = router.probabilities(routing.logits_TE)
         self.prob_sum_E += (probs_TE * real_T[:, None]).sum(0)
         if self.config.z_loss_coef:
             self.other_losses[0] += z_loss(routing.logits_TE, real_T, self.step.num_tokens)
         if self.config.sequence_loss_coef:
             self.other_losses[1] += sequence_loss(probs_TE, routing.topk_ids_TK, layout, self.step.num_documents)
 
-    def objective(self, logits_TE, topk_ids_TK, router: SoftmaxTopKRouter, layout: TokenLayout) -> torch.Tensor:
+    def objective(self, logits_TE, topk_ids_TK, router: Router, layout: TokenLayout) -> torch.Tensor:
         """This micro-batch's share of the layer's weighted balance losses."""
         config, step = self.config, self.step
-        probs_TE = router.scores(logits_TE)
+        probs_TE = router.probabilities(logits_TE)
         total = logits_TE.new_zeros(())
         if config.aux_loss_coef:
             if self.fraction_E is None:
@@ -162,13 +162,13 @@ class LoadBalancer:
     """The balance of a model's MoE layers; made by `attach`, driven by a trainer as drawn on top of this file."""
 
     config: BalanceConfig
-    routers: dict[str, SoftmaxTopKRouter]
+    routers: dict[str, Router]
     step: StepState = field(default_factory=StepState)
 
     @classmethod
     def attach(cls, model: nn.Module, config: BalanceConfig) -> LoadBalancer:
         """Give each router of `model` its LayerLoad. A dense model gets a balancer without layers."""
-        routers = {name: module for name, module in model.named_modules() if isinstance(module, SoftmaxTopKRouter)}
+        routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
         balancer = cls(config, routers)
         for router in routers.values():
             router.load = LayerLoad(config, balancer.step, router.num_experts)

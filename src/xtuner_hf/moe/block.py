@@ -5,28 +5,32 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .experts import GroupedExperts
-from .router import SoftmaxTopKRouter
+from .router import Router
 from .tokens import TokenLayout
 
 
 class SparseMoEBlock(nn.Module):
-    """Router `gate` and `experts`, under the names that checkpoints use.
+    """Router and `experts`, and shared experts where the family has them, under the names that checkpoints use.
 
     Args:
         router: the layer's router.
         experts: the layer's experts; expert parallelism replaces their `forward`.
+        shared_experts: an MLP that every token also goes through (DeepSeek-V3, GLM-4.5).
     """
 
-    def __init__(self, router: SoftmaxTopKRouter, experts: GroupedExperts):
+    router_name = "gate"
+
+    def __init__(self, router: Router, experts: nn.Module, shared_experts: nn.Module | None = None):
         super().__init__()
-        self.gate = router
+        self.add_module(self.router_name, router)
         self.experts = experts
+        self.shared_experts = shared_experts
 
     def forward(self, hidden_BSH: torch.Tensor, layout: TokenLayout | None = None) -> torch.Tensor:
         """[B, S, H] -> [B, S, H] in the same dtype."""
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-        routing = self.gate(hidden_TH, layout)
+        routing = getattr(self, self.router_name)(hidden_TH, layout)
         output_TH = self.experts(hidden_TH, routing.topk_ids_TK, routing.weights_TK)
         # Weights are fp32; an implementation that multiplies by them hands back fp32.
-        return output_TH.to(hidden_BSH.dtype).view_as(hidden_BSH)
+        output_BSH = output_TH.to(hidden_BSH.dtype).view_as(hidden_BSH)
+        return output_BSH if self.shared_experts is None else output_BSH + self.shared_experts(hidden_BSH)

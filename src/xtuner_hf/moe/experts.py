@@ -5,21 +5,32 @@ Legend: T tokens, H hidden size, I expert intermediate size, E experts, K expert
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from ..kernels.experts import EXPERTS_KERNELS
+from ..kernels.experts import EXPERTS_KERNELS, ExpertWeights
 from .combine import combine
 from .dispatcher import dispatch
 
 
-def run_experts(kernel_name: str, experts, hidden_TH, topk_ids_TK, weights_TK):
+def expert_weights(experts: Any) -> ExpertWeights:
+    """The weights of any experts module that transformers' `use_experts_implementation` decorates."""
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if not experts.is_transposed:
+        gate_up, down = gate_up.transpose(-2, -1), down.transpose(-2, -1)
+    if not experts.has_bias:
+        return ExpertWeights(gate_up, down, experts._apply_gate)
+    return ExpertWeights(gate_up, down, experts._apply_gate, experts.gate_up_proj_bias, experts.down_proj_bias)
+
+
+def run_experts(kernel_name: str, experts: Any, hidden_TH, topk_ids_TK, weights_TK) -> torch.Tensor:
     """Dropless experts with the kernel of that name; `experts` is any module with transformers' gated layout."""
-    kernel = EXPERTS_KERNELS[kernel_name]
     rows = dispatch(hidden_TH, topk_ids_TK, experts.num_experts)
-    y_RH = kernel(rows.x_RH, experts.gate_up_proj, experts.down_proj, rows.offsets_E, experts.act_fn)
+    y_RH = EXPERTS_KERNELS[kernel_name](rows.x_RH, expert_weights(experts), rows.offsets_E)
     return combine(y_RH, weights_TK, rows.row_of_slot_R)
 
 
@@ -49,7 +60,7 @@ class GroupedExperts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = config.num_local_experts
         self.gate_up_proj = nn.Parameter(
             torch.empty(self.num_experts, 2 * config.moe_intermediate_size, config.hidden_size)
         )

@@ -15,4 +15,4 @@ class Routing(NamedTuple):
 
     logits_TE: torch.Tensor  # fp32
     weights_TK: torch.Tensor  # fp32, differentiable
-    topk_ids_TK: torch.Tensor  # int64, in falling order of the selection score
+    topk_ids_TK: torch.Tensor  # int64, in the router's order

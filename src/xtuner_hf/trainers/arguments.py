@@ -35,22 +35,27 @@ class MoEArguments:
         default=None,
         metadata={
             "help": "Coefficient of the Switch loss of each MoE layer over the global batch (1 when even, summed over "
-            "layers). None takes the checkpoint's own, 0 switches it off. With gradient accumulation it costs one more "
-            "forward pass: the load of the whole step must be known before the first backward."
+            "layers). None takes the family's published value (docs/families.md), 0 switches it off. With gradient "
+            "accumulation it costs one more forward pass: the load of the whole step must be known before the first "
+            "backward."
         },
     )
     router_z_loss_coef: float = field(
         default=0.0, metadata={"help": "Coefficient of the mean squared log-sum-exp of router logits; 1e-3 is usual."}
     )
-    router_sequence_loss_coef: float = field(
-        default=0.0,
-        metadata={"help": "Coefficient of the balance loss within each document; DeepSeek-V3 used 1e-4."},
-    )
-    router_bias_update_rate: float = field(
-        default=0.0,
+    router_sequence_loss_coef: float | None = field(
+        default=None,
         metadata={
-            "help": "Step of the correction bias after each optimizer step (auxiliary-loss-free balancing; DeepSeek-V3 "
-            "used 1e-3). Needs a model whose routers have such a bias."
+            "help": "Coefficient of the balance loss within each document. None takes the family's published value "
+            "(1e-4 for DeepSeek V3 and its relatives, else 0), 0 switches it off."
+        },
+    )
+    router_bias_update_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Step of the correction bias after each optimizer step (auxiliary-loss-free balancing). Needs a "
+            "model whose routers have such a bias. None takes the family's published value (1e-3 for DeepSeek V3 and "
+            "its relatives, else 0), 0 freezes the bias: usual in short fine-tuning."
         },
     )
     export_dtype: str = field(

@@ -16,6 +16,7 @@ from transformers import ProgressCallback as BarCallback
 from .. import __version__
 from ..checkpoint.model_card import correct_card
 from ..models.base import HubModelMixin
+from ..models.moe_model import BalanceDefaults
 from ..moe.balance import BalanceConfig, LoadBalancer
 from ..moe.tokens import TokenLayout
 from .arguments import MoEArguments
@@ -71,17 +72,25 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, _Base):
 
     def _attach_balance(self) -> LoadBalancer:
         args, config = self.args, self.model.config.get_text_config()
-        coef = args.router_aux_loss_coef
-        if coef is None:
-            coef = getattr(config, "router_aux_loss_coef", 0.0)
+        published = getattr(self.model, "balance_defaults", BalanceDefaults())
+
+        def chosen(value: float | None, default: float) -> float:
+            return default if value is None else value
+
+        self._bias_update_rate = chosen(args.router_bias_update_rate, published.bias_update_rate)
         balance = LoadBalancer.attach(
-            self.model, BalanceConfig(coef, args.router_z_loss_coef, args.router_sequence_loss_coef)
+            self.model,
+            BalanceConfig(
+                chosen(args.router_aux_loss_coef, published.aux_loss_coef),
+                args.router_z_loss_coef,
+                chosen(args.router_sequence_loss_coef, published.sequence_loss_coef),
+            ),
         )
-        if args.router_bias_update_rate:
+        if self._bias_update_rate:
             lacking = [name for name, router in balance.routers.items() if router.e_score_correction_bias is None]
             if lacking or not balance.routers:
                 raise ValueError(
-                    f"router_bias_update_rate is {args.router_bias_update_rate}, but the routers of this "
+                    f"router_bias_update_rate is {self._bias_update_rate}, but the routers of this "
                     f"{config.model_type} have no correction bias (none in its Hub layout). Set it to 0 and use "
                     "router_aux_loss_coef, or build the model with config.router_correction_bias=True, knowing that "
                     "engines which serve this family route without it."
@@ -135,8 +144,8 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, _Base):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.args.router_bias_update_rate and not self.step_was_skipped:
-            self._balance.update_bias(self.args.router_bias_update_rate)
+        if self._bias_update_rate and not self.step_was_skipped:
+            self._balance.update_bias(self._bias_update_rate)
         return norm
 
     def _end_step(self) -> None:

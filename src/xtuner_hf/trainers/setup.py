@@ -99,4 +99,4 @@ def _load(name: str, args: Any) -> PreTrainedModel:
 
 def num_experts(model: PreTrainedModel) -> int | None:
     """Experts of each MoE layer, None for a dense model."""
-    return getattr(model.config.get_text_config(), "num_experts", None)
+    return getattr(model.config.get_text_config(), "num_local_experts", None)

@@ -7,6 +7,7 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from ..base import HubModelMixin, use_hub_layout
 from ..head import ChunkedLossMixin, LMHead
+from ..trunk import TrunkMixin
 
 use_hub_layout("qwen3")
 
@@ -15,10 +16,8 @@ class Qwen3PreTrainedModel(HubModelMixin, hf.Qwen3PreTrainedModel):
     pass
 
 
-class Qwen3Model(Qwen3PreTrainedModel, hf.Qwen3Model):
-    def forward(self, *args, token_mask=None, **kwargs):
-        """As in transformers; `token_mask` is for layers that count tokens, and there are none here."""
-        return super().forward(*args, **kwargs)
+class Qwen3Model(TrunkMixin, Qwen3PreTrainedModel, hf.Qwen3Model):
+    pass
 
 
 class Qwen3ForCausalLM(ChunkedLossMixin, Qwen3PreTrainedModel, hf.Qwen3ForCausalLM):

@@ -1,0 +1,1 @@
+"""Attention that transformers lacks or computes in too low a precision."""

@@ -1,0 +1,55 @@
+"""GPT-OSS on our MoE rooms. Parameter names, `model_type` and (bf16) checkpoints are those of transformers and the Hub.
+
+The experts are transformers' module: stored transposed, gate and up interleaved, with biases and a clamped SwiGLU; our
+kernels compute them. Ours are the router (fp32) and the attention, whose softmax runs in fp32 and whose sinks have an
+exact backward through a fused kernel.
+"""
+
+from __future__ import annotations
+
+from transformers.models.gpt_oss import modeling_gpt_oss as hf
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+
+from ...attention.sinks import SINK_ATTENTION
+from ...moe.block import SparseMoEBlock
+from ...moe.router import TopKSoftmaxRouter
+from ..base import use_hub_layout
+from ..moe_model import MoECausalLMMixin, MoEDecoderLayer, MoEModelMixin, MoEPreTrainedMixin, recorded_outputs
+
+use_hub_layout("gpt_oss")
+
+
+class GptOssMLP(SparseMoEBlock):
+    router_name = "router"
+
+    def __init__(self, config: GptOssConfig):
+        router = TopKSoftmaxRouter(config.hidden_size, config.num_local_experts, config.num_experts_per_tok)
+        super().__init__(router, hf.GptOssExperts(config))
+
+
+class GptOssDecoderLayer(MoEDecoderLayer):
+    def __init__(self, config: GptOssConfig, layer_idx: int):
+        super().__init__(config, hf.GptOssAttention(config, layer_idx), GptOssMLP(config), hf.GptOssRMSNorm)
+
+
+class GptOssPreTrainedModel(MoEPreTrainedMixin, hf.GptOssPreTrainedModel):
+    _can_record_outputs = recorded_outputs(GptOssDecoderLayer, hf.GptOssAttention)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(requested_attention or SINK_ATTENTION, is_init_check)
+
+
+class GptOssModel(MoEModelMixin, GptOssPreTrainedModel, hf.GptOssModel):
+    layer_class = GptOssDecoderLayer
+    norm_class = hf.GptOssRMSNorm
+    rotary_class = hf.GptOssRotaryEmbedding
+
+
+class GptOssForCausalLM(MoECausalLMMixin, GptOssPreTrainedModel, hf.GptOssForCausalLM):
+    """GPT-OSS with a language-model head; `chunked_loss=True` with `labels` never builds the full logits.
+
+    No balance coefficients are published, so a trainer's `None` balances nothing: the 0.9 in the published
+    `config.json` is far above what any MoE was trained with, and engines ignore it.
+    """
+
+    model_class = GptOssModel
