@@ -28,7 +28,7 @@ def test_train_py_of_the_readme_runs(tmp_path):
     ]
     (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "train.py").write_text(
-        script.replace("Qwen/Qwen3-30B-A3B", "tiny").replace("bf16=True", "bf16=False, use_cpu=True")
+        script.replace("Qwen/Qwen3-30B-A3B", "tiny").replace("bf16=True", "bf16=False, use_cpu=True, logging_steps=1")
     )
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, check=True, timeout=200)

@@ -71,7 +71,7 @@ def _flops(weight: torch.Tensor) -> float:
 
 
 def _attention_flops(config: Any) -> tuple[float, float]:
-    """(per token, per squared document length): layers with a sliding window meet at most its keys, whatever the length.
+    """(per token, per squared document length): a layer with a sliding window meets at most its keys, at any length.
 
     Queries times keys and probabilities times values: one product of each kind forward and two backward, over half of
     the square. Head sizes may differ (MLA). A document shorter than the window is counted as if it had the window's.
