@@ -15,8 +15,9 @@ from transformers.distributed import DistributedConfig
 
 import xtuner_hf
 from tests.tiny import build, moe_config, randomize_
+from xtuner_hf import cli
 from xtuner_hf.checkpoint.export import export_to_hub, write_configs
-from xtuner_hf.checkpoint.folder import begin, commit
+from xtuner_hf.checkpoint.folder import begin, commit, incomplete
 from xtuner_hf.checkpoint.resume import GROUPS_FILE, SHARDS, optimizer_groups, training_state
 from xtuner_hf.checkpoint.sources import Box, LiveTensors
 from xtuner_hf.parallel.shard import shard_model
@@ -95,6 +96,8 @@ def everything(folder: str) -> dict:
         sharded.save_pretrained(Path(folder) / "stock")
     seen["stock"] = spy.largest
     save_shards(folder, sharded)
+    arguments = [str(Path(folder) / "checkpoint-1"), str(Path(folder) / "converted"), "--max-shard-size", "60KB"]
+    cli.main(["convert", *arguments])
     seen["boxes"] = fetch_from_any_layout(group)
     return seen
 
@@ -113,7 +116,7 @@ def save_shards(folder: str, model) -> None:
     """A training checkpoint after one step."""
     optimizer = step_(model)
     final = Path(folder) / "checkpoint-1"
-    writing = final.with_name("incomplete-checkpoint-1")
+    writing = incomplete(final)
     if dist.get_rank() == 0:
         begin(final)
     dist.barrier()
@@ -123,6 +126,7 @@ def save_shards(folder: str, model) -> None:
         torch.save(optimizer_groups(model, optimizer), writing / GROUPS_FILE)
         (writing / "tokenizer_config.json").write_text("{}")
         commit(writing, final, {"step": 1, "resumable": True})
+    dist.barrier()
 
 
 def fetch_from_any_layout(group) -> list[bool]:

@@ -28,7 +28,7 @@ def written(tmp_path_factory) -> tuple[Path, dict]:
 def test_any_layout_reads_what_was_written_in(layout, written):
     _, results = written
     read = {name: equal for name, equal in results.items() if name.startswith(f"{layout} ->")}
-    assert len(read) == len(LAYOUTS) + 1
+    assert len(read) == (len(LAYOUTS) + 1 if layout == "one process" else 2)
     assert all(read.values()), read
 
 
@@ -76,9 +76,6 @@ class TestAsyncSaver:
         saver.wait()  # said once
 
 
-def test_state_that_another_layout_could_not_read(tmp_path):
-    """Adafactor's factored moments of a sharded parameter."""
-    with pytest.raises(
-        RuntimeError, match=r"keeps 'row' of 0.weight, a Tensor \(4,\); the parameter has shape \(4, 4\)"
-    ):
-        run_on_ranks("tests.checkpoint.layout_scenario:odd_state", 2)
+def test_state_that_another_layout_could_not_read(written):
+    _, results = written
+    assert "keeps 'row' of 0.weight, a Tensor (4,); the parameter has shape (4, 4)" in results["odd state"]

@@ -176,19 +176,20 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(self.rows)
 
 
-def train_on_uneven_streams(output_dir: str, rows: tuple[int, ...], **arguments) -> dict:
-    rank = int(os.environ["RANK"])
-    trainer = make_trainer(
-        output_dir,
-        dataset=Stream(rows[rank]),
-        per_device_train_batch_size=2,
-        save_strategy="no",
-        accelerator_config={"dispatch_batches": False},
-        **arguments,
-    )
-    # Each rank has a stream of its own; accelerate would deal one stream out.
+def train_on_uneven_streams(output_dir: str, rows: tuple[int, ...], **arguments) -> list[dict]:
+    """Each rank has a stream of its own, of so many rows; once with an error, once drained."""
+    return [_train_on_a_stream(f"{output_dir}/{mode}", rows, uneven_batches=mode, **arguments) for mode in MODES]
+
+
+MODES = ("error", "drain")
+
+
+def _train_on_a_stream(output_dir: str, rows: tuple[int, ...], **arguments) -> dict:
+    stream = Stream(rows[int(os.environ["RANK"])])
+    trainer = make_trainer(output_dir, dataset=stream, per_device_train_batch_size=2, save_strategy="no", **arguments)
+    # Accelerate would deal one stream out to all ranks.
     trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
-        trainer.train_dataset, batch_size=2, collate_fn=trainer.data_collator
+        stream, batch_size=2, collate_fn=trainer.data_collator
     )
     try:
         trainer.train()

@@ -117,8 +117,8 @@ class TestWhichCheckpoint:
 
     def test_no_complete_one(self, tmp_path):
         (tmp_path / "checkpoint-3").mkdir()
-        with pytest.raises(RuntimeError, match=r"no complete checkpoint in .*resume_from_checkpoint='auto'"):
-            run_on_ranks(TRAIN, 2, output_dir=str(tmp_path), resume=True, max_steps=1)
+        with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*resume_from_checkpoint='auto'"):
+            resume_scenario.train(str(tmp_path), resume=True, max_steps=1)
         run = resume_scenario.train(output_dir=str(tmp_path), resume="auto", max_steps=1)
         assert sorted(run["losses"]) == [1]
 

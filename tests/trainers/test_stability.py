@@ -61,16 +61,15 @@ def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path):
 
 def test_unequal_numbers_of_steps(tmp_path):
     """Rank 0 has rows for three steps, rank 1 for five: an error on both, or an end of the epoch on both."""
-    options = {"rows": (6, 10), "ep_size": 2, "max_steps": 5}
-    uneven = f"{SCENARIO}:train_on_uneven_streams"
-    runs = run_on_ranks(uneven, 2, output_dir=str(tmp_path / "error"), **options)
-    for rank, run in enumerate(runs):
-        assert run["step"] == 3
-        assert "Before step 4 some ranks have 1 micro-batches left and some 0" in run["error"]
-        assert f"(rank {rank} has {rank})" in run["error"]
-    # Epochs of three steps each; the fifth step is in the second one.
-    runs = run_on_ranks(uneven, 2, output_dir=str(tmp_path / "drain"), uneven_batches="drain", **options)
-    assert [(run["error"], run["step"]) for run in runs] == [(None, 5), (None, 5)]
+    runs = run_on_ranks(
+        f"{SCENARIO}:train_on_uneven_streams", 2, output_dir=str(tmp_path), rows=(6, 10), ep_size=2, max_steps=5
+    )
+    for rank, (failed, drained) in enumerate(runs):
+        assert failed["step"] == 3
+        assert "Before step 4 some ranks have 1 micro-batches left and some 0" in failed["error"]
+        assert f"(rank {rank} has {rank})" in failed["error"]
+        # Epochs of three steps each; the fifth step is in the second one.
+        assert drained == {"error": None, "step": 5}
 
 
 def test_the_watchdog_names_rank_and_collective(tmp_path):

@@ -13,7 +13,6 @@ Legend: E experts, H hidden size, I expert intermediate size.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +21,8 @@ from transformers import PreTrainedModel
 
 from .._compat import revert_weight_conversion
 from .safetensors_stream import TensorInfo
+
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class ExportError(ValueError):
@@ -75,14 +76,11 @@ def plan_export(
 
 
 def cast(model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """The tensor in the dtype of the file. What the family keeps in fp32 stays so; integers and FP8 are left alone."""
-    if dtype is None or tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        return tensor
+    """The tensor in the dtype of the file. Left alone: integers, FP8, and what the family keeps in fp32."""
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    in_fp32 = any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in kept)
-    return tensor.to(torch.float32 if in_fp32 else dtype)
+    if dtype is None or tensor.dtype not in _WEIGHT_DTYPES or not kept.isdisjoint(name.split(".")):
+        return tensor
+    return tensor.to(dtype)
 
 
 def convert(model: PreTrainedModel, item: Item, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

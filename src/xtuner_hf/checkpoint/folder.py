@@ -35,9 +35,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def incomplete(final: Path) -> Path:
+    """Where a checkpoint is until it is complete."""
+    return final.with_name(_INCOMPLETE + final.name)
+
+
 def begin(final: Path) -> Path:
     """An empty folder to write `final` in. Called on one rank."""
-    folder = final.with_name(_INCOMPLETE + final.name)
+    folder = incomplete(final)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -109,7 +109,7 @@ class CheckpointingMixin(_Base):
         if self.is_world_process_zero():
             folders.begin(final)
         self._barrier()
-        folder = final.with_name("incomplete-" + final.name)
+        folder = folders.incomplete(final)
         if not folder.is_dir():
             raise CheckpointError(
                 f"Rank {self.args.process_index} does not see {folder}, which rank 0 made: output_dir must be on "
