@@ -60,8 +60,10 @@ def convert_checkpoint(checkpoint: Path, out: Path, dtype: str | None, max_shard
         group = dist.group.WORLD
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     config = AutoConfig.from_pretrained(checkpoint)
+    # Multi-token prediction layers are built when asked for; a configuration that counts some had them saved.
+    kept = {"mtp_loss_coef": 0} if getattr(config, "num_nextn_predict_layers", 0) else {}
     with torch.device("meta"):
-        model = causal_lm_class(config)._from_config(config)
+        model = causal_lm_class(config)._from_config(config, **kept)
     source = CheckpointTensors(checkpoint, rank, world_size)
     export_to_hub(
         model,

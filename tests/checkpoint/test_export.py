@@ -7,18 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.checkpoint.export_scenario import LAYOUTS, MODELS, Spy, step_, tiny_qwen
+from tests.families import FAMILIES
 from tests.ranks import run_on_ranks
 from xtuner_hf import AutoModelForCausalLM
-from xtuner_hf.checkpoint.export import export_to_hub
+from xtuner_hf.checkpoint.export import export_to_hub, write_configs
 from xtuner_hf.checkpoint.export_plan import ExportError
+from xtuner_hf.checkpoint.folder import begin, commit
+from xtuner_hf.checkpoint.resume import SHARDS, training_state
 from xtuner_hf.cli import main
 
 SCENARIO = "tests.checkpoint.export_scenario"
 # gate_up_proj of the tiny Qwen3-MoE: 8 experts x 2 x 64 x 32 fp32.
+MTP_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe")
 FUSED_BYTES = 8 * 2 * 64 * 32 * 4
 
 
@@ -47,6 +52,28 @@ def test_one_process(model, tmp_path):
     export_to_hub(made, tmp_path / "ours")
     assert_same_checkpoint(tmp_path / "ours", tmp_path / "reference")
     assert sorted(path.name for path in (tmp_path / "ours").glob("*.safetensors*")) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mtp"), [*((name, False) for name in FAMILIES), *((name, True) for name in MTP_FAMILIES)]
+)
+def test_every_family(name, mtp, tmp_path):
+    """From the model, and from a training checkpoint of it."""
+    family = FAMILIES[name]
+    model = family.ours(init={"mtp_loss_coef": 0.1}, num_nextn_predict_layers=1) if mtp else family.ours()
+    model.save_pretrained(tmp_path / "reference")
+    export_to_hub(model, tmp_path / "ours")
+    assert_same_checkpoint(tmp_path / "ours", tmp_path / "reference")
+    with_mtp = {
+        tensor for tensor in tensors_of(tmp_path / "ours") if f".layers.{model.config.num_hidden_layers}." in tensor
+    }
+    assert bool(with_mtp) == mtp
+    folder = begin(tmp_path / "checkpoint-1")
+    dcp.save(training_state(model, torch.optim.SGD(model.parameters())), checkpoint_id=folder / SHARDS)
+    write_configs(model, folder)
+    commit(folder, tmp_path / "checkpoint-1", {"step": 1, "resumable": True})
+    main(["convert", str(tmp_path / "checkpoint-1"), str(tmp_path / "converted")])
+    assert_same_checkpoint(tmp_path / "converted", tmp_path / "reference")
 
 
 @pytest.fixture(scope="module")
