@@ -6,6 +6,8 @@ import inspect
 
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, Trainer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -27,9 +29,17 @@ def test_signatures():
     ]
     assert parameters(_compat.revert_weight_conversion) == ["model", "state_dict"]
     assert parameters(_compat.initialize_distributed_mesh) == ["distributed_config"]
-    assert parameters(_compat.revert_weight_conversion) == ["model", "state_dict"]
     assert parameters(_compat.compute_local_shape_and_global_offset)[:3] == ["global_shape", "mesh", "placements"]
     assert _compat.parse_size_to_int("5GB") == 5 * 10**9
+    assert parameters(_compat.apply_expert_parallelism) == ["model", "ep_mesh", "tp_mesh", "plan", "ep_implementation"]
+    assert parameters(_compat.apply_fully_sharded_data_parallelism) == [
+        "model",
+        "mesh_manager",
+        "fsdp_plan",
+        "ep_plan",
+    ]
+    assert parameters(_compat.TransformersDeviceMesh.get_mesh) == ["self", "dims"]
+    assert parameters(_compat.EPImplementation.__init__) == ["self", "experts", "ep_mesh", "tp_mesh"]
     assert parameters(_compat.OutputRecorder)[:2] == ["target_class", "index"]
     assert parameters(_compat.ChunkedLogProbFunction.forward)[1:] == [
         "hidden",
@@ -124,3 +134,41 @@ def test_models_name_their_tied_weights():
     )
     model = transformers.Qwen3ForCausalLM(config)
     assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_what_sharding_a_model_leans_on():
+    """parallel/shard.py does what `maybe_distribute_model` does; these are the names that it sets and calls."""
+    source = inspect.getsource(PreTrainedModel.maybe_distribute_model)
+    for name in (
+        "_mesh_manager",
+        "_device_mesh",
+        "_is_distributed_loading_by_transformers",
+        "_tp_size",
+        "_fsdp_size",
+        "_resolve_parallel_plans",
+    ):
+        assert f"model.{name}" in source
+    assert parameters(PreTrainedModel._resolve_parallel_plans) == ["self", "distributed_config"]
+    assert parameters(PreTrainedModel._expand_parallel_plan) == ["self", "plan"]
+
+
+def test_what_the_trainers_hook_into():
+    assert parameters(Trainer._build_accelerator_args) == ["self", "kwargs"]
+    assert parameters(Trainer.create_accelerator_and_postprocess) == ["self"]
+    assert parameters(Trainer._prepare_for_training) == [
+        "self",
+        "max_steps",
+        "train_dataloader",
+        "resume_from_checkpoint",
+    ]
+    assert "self.accelerator.prepare(self.model, self.optimizer)" in inspect.getsource(Trainer._prepare_for_training)
+
+
+def test_accelerate_still_makes_ddp_of_fsdp_on_cpu():
+    """What `use_fsdp_on_cpu` works around: MULTI_CPU is missing where other devices become FSDP."""
+    source = inspect.getsource(AcceleratorState.__init__)
+    promoted = source[source.index("elif self.distributed_type in [") :]
+    assert "MULTI_GPU" in promoted
+    assert "MULTI_CPU" not in promoted
+    assert "self.fsdp_plugin = fsdp_plugin" in promoted
+    assert "self.state.device_mesh = self.parallelism_config" in inspect.getsource(Accelerator.__init__)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .models.gpt_oss.modeling import GptOssForCausalLM
     from .models.qwen3.modeling import Qwen3ForCausalLM
     from .models.qwen3_moe.modeling import Qwen3MoeForCausalLM
+    from .parallel.layout import ParallelLayout
+    from .parallel.plugin import MoEParallelPlugin
     from .trainers.arguments import MoESFTConfig, MoETrainingArguments
     from .trainers.sft import MoESFTTrainer
     from .trainers.trainer import MoETrainer
@@ -26,10 +28,12 @@ _HOMES = {
     "Glm4MoeForCausalLM": "models.glm4_moe.modeling",
     "GptOssForCausalLM": "models.gpt_oss.modeling",
     "IncompleteCheckpointError": "models.base",
+    "MoEParallelPlugin": "parallel.plugin",
     "MoESFTConfig": "trainers.arguments",
     "MoESFTTrainer": "trainers.sft",
     "MoETrainer": "trainers.trainer",
     "MoETrainingArguments": "trainers.arguments",
+    "ParallelLayout": "parallel.layout",
     "Qwen3ForCausalLM": "models.qwen3.modeling",
     "Qwen3MoeForCausalLM": "models.qwen3_moe.modeling",
 }
@@ -40,10 +44,12 @@ __all__ = [
     "Glm4MoeForCausalLM",
     "GptOssForCausalLM",
     "IncompleteCheckpointError",
+    "MoEParallelPlugin",
     "MoESFTConfig",
     "MoESFTTrainer",
     "MoETrainer",
     "MoETrainingArguments",
+    "ParallelLayout",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 ]

@@ -1,20 +1,30 @@
 """Names of torch and HuggingFace libraries that this package leans on and that their documentation does not promise.
 
-Checked with torch 2.13, transformers 5.23 and TRL 1.16; `tests/test_compat.py` fails when one moves or changes its
-signature.
+Checked with torch 2.13, transformers 5.23, TRL 1.16 and accelerate 1.15; `tests/test_compat.py` fails when one moves
+or changes its signature.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from huggingface_hub.serialization._base import parse_size_to_int
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
-from transformers.distributed.utils import initialize_distributed_mesh
+from transformers.distributed.expert_parallel import (
+    EPImplementation,
+    EPImplementationInterface,
+    apply_expert_parallelism,
+)
+from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
+from transformers.distributed.utils import TransformersDeviceMesh, initialize_distributed_mesh
 from transformers.utils.output_capturing import OutputRecorder
 from trl.kernels import ChunkedLogProbFunction
 
@@ -35,8 +45,13 @@ __all__ = [
     "ChunkedLogProbFunction",
     "ConversionOps",
     "DataCollatorForLanguageModeling",
+    "EPImplementation",
+    "EPImplementationInterface",
     "OutputRecorder",
+    "TransformersDeviceMesh",
     "WeightConverter",
+    "apply_expert_parallelism",
+    "apply_fully_sharded_data_parallelism",
     "compute_local_shape_and_global_offset",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
@@ -45,9 +60,14 @@ __all__ = [
     "has_generation_markers",
     "initialize_distributed_mesh",
     "is_chat_template_stop_token_trained",
+    "launched_fsdp_version",
+    "launched_with_fsdp",
+    "loads_on_rank_0_only",
     "parse_size_to_int",
+    "ranks_per_node",
     "register_checkpoint_conversion_mapping",
     "revert_weight_conversion",
+    "use_fsdp_on_cpu",
 ]
 
 
@@ -69,3 +89,61 @@ def cpu_flash_attention_backward(grad_output, query, key, value, output, lse, ma
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_output, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scaling
     )
+
+
+def launched_with_fsdp() -> bool:
+    """Whether the launch config says `distributed_type: FSDP`, which accelerate hands on by this variable."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def launched_fsdp_version() -> int:
+    """`fsdp_version` of the launch config; 2 where it says nothing (accelerate's own default is 1)."""
+    return int(os.environ.get("FSDP_VERSION", "2"))
+
+
+def loads_on_rank_0_only() -> bool:
+    """Whether the launch config says `fsdp_cpu_ram_efficient_loading: true`, which from_pretrained acts on."""
+    return os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("true", "1")
+
+
+def ranks_per_node(world_size: int) -> int:
+    """Processes that the launcher started on this node.
+
+    Args:
+        world_size: ranks that the trainer knows of.
+
+    Raises:
+        ValueError: if the launcher does not say, or if it started several that do not know of each other.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 and started > 1:
+        raise ValueError(
+            f"The launcher started {started} processes, but each would train alone: no accelerator was found on this "
+            "machine. To train on CPU processes, pass --use_cpu to the script."
+        )
+    if world_size == 1:
+        return 1
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "LOCAL_WORLD_SIZE is not set, so it is unknown which ranks share a node; start the job with "
+            "`accelerate launch` or `torchrun`, or set it to the number of processes on each node."
+        )
+    return int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def use_fsdp_on_cpu(
+    state: AcceleratorState, plugin: FullyShardedDataParallelPlugin, parallelism: ParallelismConfig | None
+) -> None:
+    """Make accelerate's FSDP real on CPU processes; accelerate 1.15 turns it into DDP there and says nothing.
+
+    Does what `AcceleratorState` and `Accelerator` do on the other devices.
+    """
+    shared: Any = state
+    shared.distributed_type = DistributedType.FSDP
+    shared.fsdp_plugin = plugin
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    if parallelism is not None:
+        shared.parallelism_config = parallelism
+        shared.device_mesh = parallelism.get_device_mesh("cpu")

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from tests.families import tokens
 from tests.trainers.scenario import full
 from xtuner_hf import AutoModelForCausalLM
-from xtuner_hf.parallel.shard import distributed_config, sum_gradients
+from xtuner_hf.parallel.layout import ParallelLayout
+from xtuner_hf.parallel.shard import sum_gradients
 
 ROWS = 4
 LENGTHS = (9, 15)
@@ -39,7 +40,7 @@ def run(folder: str, ep_size: int, cases: dict[str, dict]) -> dict[str, tuple]:
     share = ROWS // world_size
     results = {}
     for name, arguments in cases.items():
-        config = distributed_config(ep_size, world_size)
+        config = ParallelLayout(world_size=world_size, ranks_per_node=world_size, ep_size=ep_size).distributed_config()
         model = AutoModelForCausalLM.from_pretrained(Path(folder) / name, distributed_config=config, **arguments)
         sum_gradients(model)
         loss, grads = loss_and_grads(model, slice(rank * share, (rank + 1) * share))

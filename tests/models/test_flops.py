@@ -68,10 +68,12 @@ def test_frozen_weights_have_no_gradient_to_compute():
 
 
 def flops_of_sharded_model(ep_size: int) -> tuple[float, float]:
-    from xtuner_hf.parallel.shard import distributed_config, shard_model
+    from xtuner_hf.parallel.layout import ParallelLayout
+    from xtuner_hf.parallel.shard import shard_model
 
     torch.distributed.init_process_group("gloo")
-    model = shard_model(build(Qwen3MoeForCausalLM, moe_config()), distributed_config(ep_size, 2))
+    layout = ParallelLayout(world_size=2, ranks_per_node=2, ep_size=ep_size)
+    model = shard_model(build(Qwen3MoeForCausalLM, moe_config()), layout.distributed_config())
     flops = TrainingFlops.of_model(model)
     return flops.per_token, flops.per_squared_length
 

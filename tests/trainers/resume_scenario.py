@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 import xtuner_hf
+from tests.families import cast
 from tests.tiny import build, moe_config, uneven_rows
-from tests.trainers.scenario import BALANCE, Recorder, cast_parameters, full
+from tests.trainers.scenario import BALANCE, Recorder, full
 from xtuner_hf.data import PackedCollator
 
 
@@ -32,7 +33,7 @@ def make_trainer(
     """A tiny MoE with every balance term on, 4 rows a step by default, dropout so that random numbers count."""
     changes = {"router_correction_bias": True, "attention_dropout": 0.0 if no_dropout else 0.1, **(config or {})}
     config = moe_config(**changes)
-    model = cast_parameters(build(xtuner_hf.Qwen3MoeForCausalLM, config), dtype)
+    model = cast(build(xtuner_hf.Qwen3MoeForCausalLM, config), dtype)
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     defaults = {

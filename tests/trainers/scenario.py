@@ -52,17 +52,22 @@ def train(
     family: str = "qwen3_moe",
     config: dict | None = None,
     init: dict | None = None,
+    num_rows: int = 16,
+    idle_experts: tuple[int, ...] = (),
     **arguments,
 ) -> dict:
     """Train a tiny model on rows of uneven length, 8 of them an optimizer step if batch x ranks x accumulation is.
 
-    `config` changes the family's configuration, `init` goes to the model's constructor.
+    `config` changes the family's configuration, `init` goes to the model's constructor. `idle_experts` get no token.
     """
     import xtuner_hf
     from xtuner_hf.data import PackedCollator
 
     changes = {"router_correction_bias": True} if family == "qwen3_moe" else {}
     model = FAMILIES[family].ours(dtype, init=init, **changes, **(config or {}))
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias[list(idle_experts)] = -100.0
     recorder = Recorder()
     arguments_class = xtuner_hf.MoESFTConfig if trainer_kind == "MoESFTTrainer" else xtuner_hf.MoETrainingArguments
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +91,7 @@ def train(
         )
         keywords = {
             "data_collator": PackedCollator(pad_token_id=0, padding_free=packed, pad_to_multiple_of=pad_to_multiple_of),
-            "train_dataset": Dataset.from_list(uneven_rows()),
+            "train_dataset": Dataset.from_list(uneven_rows(num_rows)),
             "callbacks": [recorder],
         }
         if trainer_kind == "MoESFTTrainer":

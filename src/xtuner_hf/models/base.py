@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .._compat import WeightConverter, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from ..checkpoint.hub_config import write_hub_config
 from ..moe.experts import implementation_name
+from ..parallel.shard import distribute_model
 from .precision import fp32_buffers_kept
 
 DEFAULT_EXPERTS_KERNEL = "grouped_mm"
@@ -82,6 +83,13 @@ class HubModelMixin(_Base):
         source = Path(pretrained_model_name_or_path)
         model.loaded_from = str(source.absolute() if source.exists() else pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As in transformers, with experts that are sharded without padding and explicit prefetch."""
+        if mesh_manager is not None:
+            distribute_model(model, distributed_config, mesh_manager)
+        return model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As in transformers, with `config.json` in the dialect that Hub checkpoints and inference engines use.

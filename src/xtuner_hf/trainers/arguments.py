@@ -8,7 +8,10 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from .._compat import EPImplementationInterface, ranks_per_node
 from ..kernels.experts import EXPERTS_KERNELS
+from ..moe.ep_dispatcher import IMPLEMENTATION_NAME
+from ..parallel.layout import ParallelLayout
 
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -22,6 +25,25 @@ class MoEArguments:
         metadata={
             "help": "Ranks that share each layer's experts (expert parallelism). 1 shards experts like everything "
             "else, which is fastest while it fits; raise it when the gathered experts of one layer do not."
+        },
+    )
+    ep_across_nodes: bool = field(
+        default=False,
+        metadata={"help": "Allow expert-parallel groups that reach over several nodes, which is slow; else an error."},
+    )
+    dp_replicate_size: int = field(
+        default=1,
+        metadata={
+            "help": "Copies of the parameters (HSDP): each copy is sharded over the ranks divided by this number. Set "
+            "it to the number of nodes when the all-gathers between nodes are too slow and memory allows."
+        },
+    )
+    expert_dispatch: str = field(
+        default="auto",
+        metadata={
+            "help": "How tokens reach their experts when ep_size is above 1: 'ours' sends a token once to each rank "
+            "that needs it, 'all_to_all' (transformers') once for each of its experts; 'auto' is 'ours'. Also any "
+            "name registered in transformers' EPImplementationInterface."
         },
     )
     experts_kernel: str = field(
@@ -106,8 +128,12 @@ class MoEArguments:
         ):
             if (getattr(self, name) or 0.0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or positive.")
-        if self.ep_size < 1:
-            raise ValueError(f"ep_size is {self.ep_size}; it must be 1 or more.")
+        for name in ("ep_size", "dp_replicate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.ep_implementation not in EPImplementationInterface():
+            known = ", ".join(sorted({"auto", "ours", *EPImplementationInterface()}))
+            raise ValueError(f"expert_dispatch is {self.expert_dispatch!r}; it must be one of {known}.")
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
@@ -125,6 +151,23 @@ class MoEArguments:
         if self.experts_kernel == "auto":
             return None
         return f"xtuner_{self.experts_kernel}" if self.experts_kernel in EXPERTS_KERNELS else self.experts_kernel
+
+    @property
+    def ep_implementation(self) -> str:
+        """The name in transformers' registry."""
+        return IMPLEMENTATION_NAME if self.expert_dispatch in ("auto", "ours") else self.expert_dispatch
+
+    @property
+    def parallel_layout(self) -> ParallelLayout:
+        """How the job's ranks share the model; raises a ValueError for one that cannot be."""
+        world_size = self.world_size  # type: ignore[attr-defined]  # of transformers' TrainingArguments
+        return ParallelLayout(
+            world_size=world_size,
+            ranks_per_node=ranks_per_node(world_size),
+            ep_size=self.ep_size,
+            ep_across_nodes=self.ep_across_nodes,
+            dp_replicate_size=self.dp_replicate_size,
+        )
 
 
 @dataclass

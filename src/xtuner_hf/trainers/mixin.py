@@ -6,11 +6,11 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers import ProgressCallback as BarCallback
 
 from .. import __version__
@@ -25,17 +25,12 @@ from .figure import FIGURE_FILE, draw_training
 from .history import HISTORY_FILE, HistoryCallback
 from .progress import ProgressLineCallback
 from .setup import check_dataset, check_output_dir, prepare_model
+from .sharding import ShardingMixin
 from .stability import StabilityMixin
 from .throughput import ThroughputMeter
 
-# A mixin: the trainer that it stands in front of is its base for the type checker alone.
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class MoETrainerMixin(StabilityMixin, CheckpointingMixin, _Base):
+class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
     """Stands in front of a `Trainer` class in the bases of a trainer.
 
     One optimizer step:

@@ -9,10 +9,13 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.distributed import DistributedConfig
 
+from .._compat import launched_with_fsdp, loads_on_rank_0_only
 from ..models.auto import AutoModelForCausalLM
 from ..models.base import HubModelMixin
-from ..parallel.shard import check_ep_size, distributed_config, is_sharded, shard_model, sum_gradients
+from ..parallel.layout import ParallelLayout
+from ..parallel.shard import copy_from_rank_0, is_sharded, shard_model, sum_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +41,29 @@ def check_output_dir(output_dir: str, resuming: bool) -> None:
         )
 
 
-def check_launch(args: TrainingArguments) -> None:
-    """Accelerate's FSDP wrapping and sharding at load exclude each other."""
-    if args.fsdp or args.distributed_state.distributed_type == "FSDP":
+def shards_with_accelerate(args: TrainingArguments) -> bool:
+    """Whether the second door was chosen: an FSDP launch config, or `--fsdp`."""
+    return bool(args.fsdp) or launched_with_fsdp()
+
+
+def check_accelerate_door(model: Any) -> None:
+    """What must be known before the model is read."""
+    if is_sharded(model):
         raise ValueError(
-            "The launch config asks Accelerate for FSDP; this trainer shards the model itself (FSDP2, experts over "
-            "ep_size). Launch with distributed_type MULTI_GPU, MULTI_NPU or MULTI_CPU, as in accelerate_configs/."
+            "Two doors at once: the launch config asks Accelerate for FSDP, and the model is already sharded by the "
+            "distributed_config it was loaded with. Launch with distributed_type MULTI_GPU, MULTI_NPU or MULTI_CPU, "
+            "as in accelerate_configs/, or give the trainer the checkpoint's name or an unsharded model."
+        )
+    if loads_on_rank_0_only():
+        raise ValueError(
+            "The launch config has fsdp_cpu_ram_efficient_loading: true, which sends every parameter whole from rank 0 "
+            "and cannot feed sharded experts. Set it to false, or launch without FSDP in the config: each rank then "
+            "reads its own shard only."
         )
 
 
 def prepare_model(model: Any, args: Any) -> nn.Module:
-    """Our model, with the experts kernel asked for, sharded over the job's processes.
+    """Our model, with the experts kernel asked for and, unless Accelerate does it later, sharded over the processes.
 
     Args:
         model: a model of this package (PEFT around it is fine in one process), or the name of a checkpoint, of which
@@ -57,16 +72,33 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
 
     Raises:
         TypeError: for a model of another package.
-        ValueError: for an `ep_size` or a launch that cannot be.
+        ValueError: for a layout or a launch that cannot be.
     """
-    check_launch(args)
-    model = _load(model, args) if isinstance(model, str) else _adopt(model, args)
+    layout = args.parallel_layout
+    if shards_with_accelerate(args):
+        check_accelerate_door(model)
+    model = _load(model, layout, args) if isinstance(model, str) else _adopt(model, layout, args)
+    if args.world_size > 1 and args.process_index == 0:
+        _announce(f"{layout.describe(num_experts(_base_model(model)))}\n{layout.picture()}")
     sum_gradients(model)
     return model
 
 
-def _adopt(model: Any, args: Any) -> nn.Module:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _announce(message: str) -> None:
+    """Log at INFO, and be seen also where nobody has set up logging."""
+    if not logger.hasHandlers():
+        package = logging.getLogger(__name__.partition(".")[0])
+        package.addHandler(logging.StreamHandler())
+        package.setLevel(logging.INFO)
+    logger.info(message)
+
+
+def _base_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _adopt(model: Any, layout: ParallelLayout, args: Any) -> nn.Module:
+    base = _base_model(model)
     if not isinstance(base, HubModelMixin):
         raise TypeError(
             f"The model is a {type(base).__module__}.{type(base).__name__}; this trainer needs one of xtuner_hf: "
@@ -74,29 +106,50 @@ def _adopt(model: Any, args: Any) -> nn.Module:
         )
     if args.experts_implementation is not None:
         base.set_experts_implementation(args.experts_implementation)
-    check_ep_size(args.ep_size, args.world_size, num_experts(base))
-    if args.world_size == 1 or is_sharded(base):
+    layout.check_experts(num_experts(base))
+    if args.world_size == 1:
+        return model
+    if is_sharded(base):
+        _check_loaded_layout(base.config.distributed_config, layout)
         return model
     if base is not model:
         raise ValueError(
             "A PEFT model is not sharded yet: train it in one process, or train the full model on several."
         )
-    config = distributed_config(args.ep_size, args.world_size, bf16=args.bf16)
-    return shard_model(base, config)
+    if shards_with_accelerate(args):
+        copy_from_rank_0(base, args.device)
+        return model
+    return shard_model(base, _distributed_config(layout, args))
 
 
-def _load(name: str, args: Any) -> PreTrainedModel:
+def _load(name: str, layout: ParallelLayout, args: Any) -> PreTrainedModel:
     # fp32 master weights, as TRL loads a model by name; bf16=True computes in bf16 from them.
     kwargs = {"dtype": "float32", **(getattr(args, "model_init_kwargs", None) or {})}
     if args.experts_implementation is not None:
         kwargs["experts_implementation"] = args.experts_implementation
-    if args.world_size > 1:
-        kwargs["distributed_config"] = distributed_config(args.ep_size, args.world_size, bf16=args.bf16)
+    if args.world_size > 1 and not shards_with_accelerate(args):
+        kwargs["distributed_config"] = _distributed_config(layout, args)
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    check_ep_size(args.ep_size, args.world_size, num_experts(model))
+    layout.check_experts(num_experts(model))
     return model
 
 
-def num_experts(model: PreTrainedModel) -> int | None:
+def _distributed_config(layout: ParallelLayout, args: Any) -> DistributedConfig:
+    return layout.distributed_config(bf16=args.bf16, ep_implementation=args.ep_implementation)
+
+
+def _check_loaded_layout(loaded: DistributedConfig, layout: ParallelLayout) -> None:
+    """The arguments cannot change how a model already lies; say so if they would."""
+    for name in ("ep_size", "dp_replicate_size"):
+        if getattr(loaded, name) != getattr(layout, name):
+            raise ValueError(
+                f"The model was loaded with {name} {getattr(loaded, name)}, the training arguments say "
+                f"{getattr(layout, name)}; give both the same, or give the trainer the checkpoint's name."
+            )
+
+
+def num_experts(model: Any) -> int | None:
     """Experts of each MoE layer, None for a dense model."""
-    return getattr(model.config.get_text_config(), "num_local_experts", None)
+    config = model.config.get_text_config()
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
