@@ -73,6 +73,8 @@ def test_methods_that_models_and_trainers_override():
     # Only a checkpoint-N is saved by the trainer itself and with a folder.
     assert "self.save_model(output_dir, _internal_call=True)" in inspect.getsource(Trainer._save_checkpoint)
     assert "self.save_model(_internal_call=True)" in inspect.getsource(Trainer.push_to_hub)
+    assert parameters(_compat.add_fused_lm_head) == ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
+    assert parameters(_compat.disable_dropout_in_model) == ["model"]
 
 
 def test_methods_of_the_trainer_that_ours_replace_or_call():

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from .parallel.layout import ParallelLayout
     from .parallel.plugin import MoEParallelPlugin
     from .trainers.arguments import MoESFTConfig, MoETrainingArguments
+    from .trainers.dapo import MoEDAPOTrainer
+    from .trainers.dpo import MoEDPOTrainer
+    from .trainers.grpo import MoEGRPOTrainer
+    from .trainers.grpo_config import MoEDAPOConfig, MoEGRPOConfig
+    from .trainers.mpo import MoEMPOTrainer
+    from .trainers.preference_config import MoEDPOConfig, MoEMPOConfig
     from .trainers.sft import MoESFTTrainer
     from .trainers.trainer import MoETrainer
 
@@ -28,6 +34,14 @@ _HOMES = {
     "Glm4MoeForCausalLM": "models.glm4_moe.modeling",
     "GptOssForCausalLM": "models.gpt_oss.modeling",
     "IncompleteCheckpointError": "models.base",
+    "MoEDAPOConfig": "trainers.grpo_config",
+    "MoEDAPOTrainer": "trainers.dapo",
+    "MoEDPOConfig": "trainers.preference_config",
+    "MoEDPOTrainer": "trainers.dpo",
+    "MoEGRPOConfig": "trainers.grpo_config",
+    "MoEGRPOTrainer": "trainers.grpo",
+    "MoEMPOConfig": "trainers.preference_config",
+    "MoEMPOTrainer": "trainers.mpo",
     "MoEParallelPlugin": "parallel.plugin",
     "MoESFTConfig": "trainers.arguments",
     "MoESFTTrainer": "trainers.sft",
@@ -44,6 +58,14 @@ __all__ = [
     "Glm4MoeForCausalLM",
     "GptOssForCausalLM",
     "IncompleteCheckpointError",
+    "MoEDAPOConfig",
+    "MoEDAPOTrainer",
+    "MoEDPOConfig",
+    "MoEDPOTrainer",
+    "MoEGRPOConfig",
+    "MoEGRPOTrainer",
+    "MoEMPOConfig",
+    "MoEMPOTrainer",
     "MoEParallelPlugin",
     "MoESFTConfig",
     "MoESFTTrainer",

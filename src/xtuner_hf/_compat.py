@@ -27,6 +27,7 @@ from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.utils import TransformersDeviceMesh, initialize_distributed_mesh
 from transformers.utils.output_capturing import OutputRecorder
 from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 if TYPE_CHECKING:
     from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
@@ -50,11 +51,13 @@ __all__ = [
     "OutputRecorder",
     "TransformersDeviceMesh",
     "WeightConverter",
+    "add_fused_lm_head",
     "apply_expert_parallelism",
     "apply_fully_sharded_data_parallelism",
     "compute_local_shape_and_global_offset",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
+    "disable_dropout_in_model",
     "get_checkpoint_conversion_mapping",
     "global_then_local_main_first",
     "has_generation_markers",

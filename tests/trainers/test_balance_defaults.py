@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from tests.families import FAMILIES
 from tests.tiny import uneven_rows
-from xtuner_hf import MoETrainer, MoETrainingArguments
+from xtuner_hf import MoEDAPOConfig, MoEDPOConfig, MoEGRPOConfig, MoETrainer, MoETrainingArguments
 
 ARGUMENTS = {"use_cpu": True, "bf16": False, "report_to": []}
 
@@ -26,3 +26,13 @@ def test_none_takes_what_the_family_published(name, arguments, expected, tmp_pat
     trainer = MoETrainer(model=model, args=args, train_dataset=Dataset.from_list(uneven_rows()))
     config = trainer._balance.config
     assert (config.aux_loss_coef, config.sequence_loss_coef, trainer._bias_update_rate) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(MoEGRPOConfig, 0.0), (MoEDAPOConfig, 0.0), (MoEDPOConfig, None), (MoETrainingArguments, None)],
+)
+def test_reinforcement_learning_alone_does_not_balance_unless_asked(kind, expected, tmp_path):
+    args = kind(str(tmp_path), **ARGUMENTS)
+    for name in ("router_aux_loss_coef", "router_sequence_loss_coef", "router_bias_update_rate"):
+        assert getattr(args, name) == expected, name

@@ -125,7 +125,8 @@ class MoEModelMixin(TrunkMixin):
         return [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
 
     def layer_inputs(self, layout: TokenLayout) -> dict[str, Any]:
-        return {"layout": layout if self.training else None}  # only training counts tokens
+        # Only training counts tokens.
+        return {"layout": layout if self.training or layout.routes is not None else None}
 
 
 class MoECausalLMMixin(ChunkedLossMixin, _Base):

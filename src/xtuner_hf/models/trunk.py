@@ -30,16 +30,20 @@ class TrunkMixin(_Base):
         past_key_values=None,
         inputs_embeds=None,
         token_mask=None,
+        routes=None,
         **kwargs,
     ):
-        """As in transformers, and `token_mask` [B, S] bool: False on padding of a packed row.
+        """As in transformers. Documents packed in a row (`position_ids` that start again at 0, no `attention_mask`)
+        never see each other.
 
-        Documents packed in a row (`position_ids` that start again at 0, no `attention_mask`) never see each other.
+        Args:
+            token_mask: [B, S] bool, False on padding of a packed row.
+            routes: a `RouteRecorder` or `RouteReplay` (moe/replay.py).
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         masks = {"attention_mask": attention_mask, "position_ids": position_ids, "token_mask": token_mask}
-        layout = TokenLayout.of_batch({"inputs_embeds": inputs_embeds, **masks})
+        layout = TokenLayout.of_batch({"inputs_embeds": inputs_embeds, "routes": routes, **masks})
         if past_key_values is None and not isinstance(attention_mask, dict):
             if position_ids is None:
                 position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]

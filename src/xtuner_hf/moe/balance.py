@@ -62,6 +62,7 @@ class StepState:
     # d(what backward starts from) / d(this rank's share of the objective): set by the loss's own backward, which
     # runs before any router's, so that scaling by the trainer, a grad scaler or accelerate reaches both alike.
     grad_scale: torch.Tensor | None = None
+    skip_losses: bool = False
 
 
 class LayerLoad:
@@ -181,7 +182,7 @@ class LoadBalancer:
     def start_step(self, num_tokens: torch.Tensor, num_documents: torch.Tensor) -> None:
         """Begin an optimizer step over so many real tokens and documents, counted over all ranks (scalars, int64)."""
         self.step.num_tokens, self.step.num_documents = num_tokens.clamp(min=1), num_documents.clamp(min=1)
-        self.step.grad_scale = None
+        self.step.grad_scale, self.step.skip_losses = None, False
         for load in self.loads:
             load.reset(num_tokens.device)
 
@@ -217,7 +218,13 @@ class LoadBalancer:
             loss: this rank's share of the micro-batch's loss, in the units of the global one (gradients are summed
                 over ranks). What scales it afterwards scales the balance losses too.
         """
-        return _WatchScale.apply(loss, self.step) if self.config.has_losses else loss
+        if self.step.skip_losses or not self.config.has_losses:
+            return loss
+        return _WatchScale.apply(loss, self.step)
+
+    def skip_losses(self) -> None:
+        """Leave the balance losses out of this optimizer step; the load is counted all the same."""
+        self.step.skip_losses = True
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:

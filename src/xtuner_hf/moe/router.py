@@ -58,11 +58,14 @@ class Router(nn.Module):
 
         Args:
             hidden_TH: [T, H], any float dtype.
-            layout: real tokens and documents; only read while a trainer counts or balances the load.
+            layout: real tokens and documents, read while a trainer counts or balances the load; and `routes`, which
+                may replace what this router chooses.
         """
         logits_TE = self.logits(hidden_TH)
         scores_TE = self.scores(logits_TE)
         topk_ids_TK = self.select(scores_TE)
+        if layout is not None and layout.routes is not None:
+            topk_ids_TK = layout.routes.choose(self, topk_ids_TK)
         weights_TK = self.weigh(scores_TE.gather(1, topk_ids_TK))
         if self.load is not None and layout is not None:
             weights_TK = self.load.observe(self, Routing(logits_TE, weights_TK, topk_ids_TK), layout)

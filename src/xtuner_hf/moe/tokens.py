@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .replay import RouteRecorder, RouteReplay
 
 
 @dataclass
@@ -25,6 +29,7 @@ class TokenLayout:
         attention_mask: [B, S], 0 on padding. A row is then one document.
         position_ids: [B, S] (or [1, S]); without an attention mask a document starts wherever the position is 0.
         token_mask: [B, S] bool, False on padding of a packed row, which carries no attention mask.
+        routes: records or replaces what the routers choose for these tokens.
     """
 
     num_rows: int
@@ -33,6 +38,7 @@ class TokenLayout:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
+    routes: RouteRecorder | RouteReplay | None = None
 
     @classmethod
     def of_batch(cls, batch: dict) -> TokenLayout:
@@ -45,6 +51,7 @@ class TokenLayout:
             batch.get("attention_mask"),
             batch.get("position_ids"),
             batch.get("token_mask"),
+            batch.get("routes"),
         )
 
     @cached_property

@@ -111,6 +111,11 @@ class MoEArguments:
         },
     )
 
+    freeze_router: bool = field(
+        default=False,
+        metadata={"help": "Do not train the routers; experts and everything else still are."},
+    )
+
     def __post_init__(self):
         if self.export_dtype not in EXPORT_DTYPES:
             raise ValueError(f"export_dtype is {self.export_dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}.")

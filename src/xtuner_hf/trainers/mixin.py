@@ -18,6 +18,7 @@ from ..checkpoint.model_card import correct_card
 from ..models.base import HubModelMixin
 from ..models.moe_model import BalanceDefaults
 from ..moe.balance import BalanceConfig, LoadBalancer
+from ..moe.replay import freeze_routers
 from ..moe.tokens import TokenLayout
 from .arguments import MoEArguments
 from .checkpointing import CheckpointingMixin
@@ -56,6 +57,8 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
             check_dataset(keywords.get(name), name)
         training_args: Any = args  # one of the two classes that join ours with transformers' or TRL's
         super().__init__(prepare_model(model, args), training_args, *positional, **keywords)
+        if args.freeze_router:
+            freeze_routers(self.model)
         self._batches: list[dict] = []
         self._micro_batch = 0
         self._counted = False
@@ -111,11 +114,16 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
         return batches, num_items_in_batch
 
     def _start_step(self, batches: list[dict], device: torch.device) -> None:
-        self._totals = torch.stack([TokenLayout.of_batch(batch).totals() for batch in batches]).sum(0).to(device)
+        layouts = [TokenLayout.of_batch(self._model_inputs(batch)) for batch in batches]
+        self._totals = torch.stack([layout.totals() for layout in layouts]).sum(0).to(device)
         if dist.is_initialized():
             dist.all_reduce(self._totals)
         self._balance.start_step(self._totals[0], self._totals[1])
         self._batches, self._micro_batch, self._counted = batches, 0, False
+
+    def _model_inputs(self, batch: dict) -> dict:
+        """What of a micro-batch a forward pass without labels takes."""
+        return {key: value for key, value in batch.items() if "labels" not in key}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # The Switch loss's gradient in the first micro-batch depends on the load in the last.
@@ -133,8 +141,8 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
         model.train()
         with torch.no_grad(), self._balance.recording(), self.compute_loss_context_manager():
             for batch in self._batches:
-                inputs = {key: value for key, value in batch.items() if "labels" not in key}
-                model(**self._prepare_inputs(inputs), use_cache=False, logits_to_keep=1)
+                inputs: Any = self._prepare_input(self._model_inputs(batch))
+                model(**inputs, use_cache=False, logits_to_keep=1)
         self._reduce_counts()
 
     def _get_grad_norm(self, model, grad_norm=None):

@@ -16,13 +16,13 @@ from ..data.packing import fit_rows, pack_rows
 from ..data.report import warn
 from ..data.tokenize import require_chat_template, tokenize_conversations, training_chat_template
 from .arguments import MoESFTConfig
-from .mixin import MoETrainerMixin
 from .setup import check_dataset
+from .trl import TRLTrainerMixin
 
 logger = logging.getLogger(__name__)
 
 
-class MoESFTTrainer(MoETrainerMixin, SFTTrainer):
+class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
     """`trl.SFTTrainer` for the models of this package, dense or MoE.
 
     Takes what `SFTTrainer` takes, with `MoESFTConfig`; what it adds is what `MoETrainer` adds. The logged `loss` is
@@ -95,14 +95,6 @@ class MoESFTTrainer(MoETrainerMixin, SFTTrainer):
                 dataset = dataset.shuffle(seed=args.seed)
             dataset = pack_rows(dataset, args.max_length, strategy=strategy.removesuffix("_split"), name=name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-    def _attach_balance(self):
-        # TRL would add a Switch loss of its own, per micro-batch and over all layers at once; ours takes its place.
-        text_config = self.model.config.get_text_config()
-        if self.aux_loss_enabled:
-            self.aux_loss_enabled = False
-            text_config.output_router_logits = False
-        return super()._attach_balance()
 
 
 def _load_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:

@@ -1,0 +1,1 @@
+"""What reinforcement learning of MoE models needs besides TRL's GRPO."""

@@ -1,0 +1,89 @@
+"""What our subclasses of TRL's trainers share: arguments by name, one balance loss instead of two, reference models."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import Trainer
+
+from ..parallel.shard import is_sharded
+from .mixin import MoETrainerMixin
+from .setup import prepare_model, shards_with_accelerate
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class TRLTrainerMixin(MoETrainerMixin):
+    """`MoETrainerMixin` in front of a trainer of TRL."""
+
+    aux_loss_enabled: bool
+
+    def _attach_balance(self):
+        # TRL would add a Switch loss of its own, per micro-batch and over all layers at once; ours takes its place.
+        if self.aux_loss_enabled:
+            self.aux_loss_enabled = False
+            self.model.config.get_text_config().output_router_logits = False
+        return super()._attach_balance()
+
+
+class ByKeyword(_Base):
+    """Stands behind our mixins: TRL's trainers take other things between the model and the arguments."""
+
+    def __init__(self, model: Any = None, args: Any = None, **keywords: Any):
+        super().__init__(model=model, args=args, **keywords)
+
+
+def named_arguments(trainer: type, positional: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `trainer`, by name."""
+    return dict(inspect.signature(trainer).bind(*positional, **keywords).arguments)
+
+
+def has_adapters(model: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the policy is trained through adapters; without them it is its own reference."""
+    return is_peft_model(model) or arguments.get("peft_config") is not None
+
+
+def prepare_reference(model: Any, args: Any) -> nn.Module:
+    """`prepare_model` for a reference model.
+
+    Raises:
+        ValueError: if Accelerate shards the policy, which happens later and knows of one model alone.
+    """
+    if args.world_size > 1 and shards_with_accelerate(args):
+        raise ValueError(
+            "The launch config asks Accelerate for FSDP, which shards the policy and no reference model. Launch with "
+            "distributed_type MULTI_GPU, MULTI_NPU or MULTI_CPU, as in accelerate_configs/: both are then sharded as "
+            "they are read."
+        )
+    return prepare_model(model, args)
+
+
+def reference_model(model: Any, args: Any) -> nn.Module:
+    """A frozen copy of the policy as it is now, sharded as the policy is: layer by layer, experts over `ep_size`.
+
+    (TRL would load transformers' own class from the policy's name, whole on every rank.)
+
+    Args:
+        model: what the trainer was given: a model, or the name of a checkpoint.
+        args: of one of our trainers.
+
+    Raises:
+        ValueError: for a model that is sharded already and has no name to be read from again; see also
+            `prepare_reference`.
+    """
+    if not isinstance(model, str) and is_sharded(model):
+        if not model.config.name_or_path:
+            raise ValueError(
+                "A reference model is needed, but the policy is already sharded and was not loaded from a checkpoint: "
+                "give the trainer the unsharded model or a checkpoint's name, or pass ref_model."
+            )
+        model = model.config.name_or_path
+    reference = prepare_reference(model if isinstance(model, str) else copy.deepcopy(model), args)
+    return reference.eval().requires_grad_(False)
