@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .export_plan import Item, cast, convert, plan_export
-from .hub_config import write_hub_config
 from .safetensors_stream import SafetensorsWriter, TensorInfo
+from .side_files import write_side_files
 from .sources import Box, LiveTensors, TensorSource
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -78,12 +78,12 @@ def export_to_hub(
 
 
 def write_configs(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """`config.json` in the Hub's dialect, and `generation_config.json`. Called on one rank."""
+    """What lies beside the weights (side_files.py). Called on one rank."""
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    write_hub_config(folder, dtype or model.dtype)
+    write_side_files(model, folder, dtype=dtype or model.dtype)
 
 
 def _barrier(group: dist.ProcessGroup | None) -> None:

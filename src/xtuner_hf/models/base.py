@@ -12,7 +12,8 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from .._compat import WeightConverter, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from ..checkpoint.hub_config import write_hub_config
+from ..checkpoint.dequantise_on_load import dequantising_arguments, record_source, refuse_ignored_scales
+from ..checkpoint.side_files import write_side_files
 from ..moe.experts import implementation_name
 from ..parallel.shard import distribute_model
 from .precision import fp32_buffers_kept
@@ -51,12 +52,15 @@ class HubModelMixin(_Base):
     Attributes:
         loaded_from: the checkpoint that the weights were read from: the absolute path of a folder, or a name on the
             Hub; None if they started random.
+        source_folder: the folder on this machine with the files beside those weights (a copy of the Hub's for a
+            quantised checkpoint); None if there is none.
         export_dtype: what `save_pretrained` and `push_to_hub` write floating-point weights as; None writes each in
             its own dtype, as transformers does. Parameters that are fp32 in every published checkpoint of the family
             stay fp32.
     """
 
     loaded_from: str | None = None
+    source_folder: Path | None = None
     export_dtype: torch.dtype | None = None
 
     # transformers decides this by reading the module's source for a decorator that stands in moe/experts.py here.
@@ -64,22 +68,28 @@ class HubModelMixin(_Base):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint that lacks parameters of the model is an error.
+        """As in transformers, but a checkpoint that lacks parameters of the model is an error, and one in FP8 blocks,
+        MXFP4 or packed INT4 is dequantised to the model's dtype.
 
         With `distributed_config` every rank reads its own shard, and what one of them finds amiss all of them raise.
 
         Raises:
             IncompleteCheckpointError: with the names that are missing or have another shape.
+            CheckpointFormatError: a quantised format that we do not read, or scales that are missing or do not fit.
         """
         # Tensors of another shape would be an error of transformers' own, which names none of them.
         allow_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         with fail_together(sharded=kwargs.get("distributed_config") is not None):
+            name, kwargs, source_folder = dequantising_arguments(cls, pretrained_model_name_or_path, kwargs)
             loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
             model, info = loaded
             other_shapes = set() if allow_other_shapes else info["mismatched_keys"]
             _refuse_incomplete(model, pretrained_model_name_or_path, info["missing_keys"], other_shapes)
+            refuse_ignored_scales(pretrained_model_name_or_path, info["unexpected_keys"])
+        if source_folder is not None:
+            record_source(model, pretrained_model_name_or_path, source_folder)
         source = Path(pretrained_model_name_or_path)
         model.loaded_from = str(source.absolute() if source.exists() else pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
@@ -92,7 +102,8 @@ class HubModelMixin(_Base):
         return model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        """As in transformers, with `config.json` in the dialect that Hub checkpoints and inference engines use.
+        """As in transformers, with `config.json` in the dialect that Hub checkpoints and inference engines use, and the
+        other files of the folder that the model was loaded from (see `checkpoint/side_files.py`).
 
         Of a sharded model, every rank must call it, and rank 0 writes.
         """
@@ -103,7 +114,7 @@ class HubModelMixin(_Base):
             )
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
-            write_hub_config(Path(save_directory), self.export_dtype)
+            write_side_files(self, Path(save_directory), dtype=self.export_dtype)
         # No rank goes on to read what rank 0 is still writing.
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
@@ -111,7 +122,7 @@ class HubModelMixin(_Base):
         """Where transformers uploads what it has just saved, in `save_pretrained` and in `push_to_hub` alike."""
         if not self.should_save_on_this_rank(True):
             return None  # the other ranks of push_to_hub() have nothing but a model card in their folder
-        write_hub_config(Path(working_dir), self.export_dtype)
+        write_side_files(self, Path(working_dir), dtype=self.export_dtype)
         if kwargs.get("commit_message") is None:
             kwargs["commit_message"] = f"Upload {type(self).__name__.removeprefix('FSDP')}"
         return super()._upload_modified_files(working_dir, *args, **kwargs)
