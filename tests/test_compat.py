@@ -174,3 +174,13 @@ def test_accelerate_still_makes_ddp_of_fsdp_on_cpu():
     assert "MULTI_CPU" not in promoted
     assert "self.fsdp_plugin = fsdp_plugin" in promoted
     assert "self.state.device_mesh = self.parallelism_config" in inspect.getsource(Accelerator.__init__)
+
+
+def test_methods_that_we_override():
+    assert parameters(PreTrainedModel._set_gradient_checkpointing) == [
+        "self",
+        "enable",
+        "gradient_checkpointing_func",
+        "every_n_layers",
+    ]
+    assert parameters(Trainer._get_grad_norm) == ["self", "model", "grad_norm"]

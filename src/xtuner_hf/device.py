@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -50,6 +51,46 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work queued on the device; a CPU has none queued."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
+
+
+class CopyStream:
+    """Copies between a device and the host that run beside the computation.
+
+    On a CPU there is one memory and one queue: a copy is a plain one, and done when it returns.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._module: Any = torch.get_device_module(device)
+        self._stream: Any = None if device.type == "cpu" else self._module.Stream(device=device)
+
+    def host_like(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised tensor like it in host memory that the device reads by itself; of a DTensor, a DTensor."""
+        # Allocated by torch's caching allocator of pinned memory: a freed one is used again.
+        return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=self._stream is not None)
+
+    def copy_(self, target: torch.Tensor, source: torch.Tensor) -> Any:
+        """Copy once all that is queued for computing now is done; returns what `wait` takes.
+
+        Neither tensor's memory may be given back before `wait` was called.
+        """
+        if self._stream is None:
+            target.copy_(source)
+            return None
+        self._stream.wait_stream(self._module.current_stream(self.device))
+        with self._module.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def wait(self, done: Any) -> None:
+        """Let what is queued for computing from now on come after that copy."""
+        if done is not None:
+            self._module.current_stream(self.device).wait_event(done)
+
+    def synchronize(self) -> None:
+        """Let the host wait until all copies are done."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def measured_matmul_flops(device: torch.device, repeats: int = 5) -> float:

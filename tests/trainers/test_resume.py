@@ -51,6 +51,15 @@ def test_same_layout_is_equal_to_the_last_bit(uninterrupted):
     assert_equal_bits(run, reference)
 
 
+def test_states_that_rest_elsewhere_go_on_to_the_last_bit(tmp_path):
+    """bf16 moments on the host, stepped in backward: a checkpoint has them as they rest."""
+    options = {"optimizer_states": "bf16", "optimizer_offload": True, "optimizer_in_backward": True, "max_grad_norm": 0}
+    reference = resume_scenario.train(output_dir=str(tmp_path), **options)
+    run = resume_scenario.train(output_dir=str(tmp_path), resume=f"{tmp_path}/checkpoint-3", **options)
+    assert sorted(run["losses"]) == [4, 5, 6]
+    assert_equal_bits(run, reference)
+
+
 def test_logs_of_several_steps_go_on(tmp_path):
     """A checkpoint between two logs: the next log is the mean over all steps since the last one."""
     options = {"logging_steps": 4, "max_steps": 8, "save_steps": 3}

@@ -43,6 +43,14 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
     assert sorted(run["seen"]) == [1, 2, 3]
 
 
+def test_a_step_taken_in_backward_cannot_be_skipped(tmp_path):
+    run = resume_scenario.train_with_nan(
+        str(tmp_path), at=(2,), rank=0, optimizer_in_backward=True, max_grad_norm=0, max_steps=3
+    )
+    assert "Step 2 has a loss or gradient that is not finite, and optimizer_in_backward has stepped" in run["error"]
+    assert sorted(run["seen"]) == [1]
+
+
 def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path):
     runs = run_on_ranks(
         f"{SCENARIO}:train_until_sigterm",

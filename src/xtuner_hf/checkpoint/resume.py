@@ -65,6 +65,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """
     state: dict[str, Any] = {_MODEL + name: tensor for name, tensor in model_state(model).items()}
     names = _parameter_names(model)
+    optimizer.state_dict()  # one whose states are on their way to the host waits for them here
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             _check_state(names[parameter], key, parameter, value)

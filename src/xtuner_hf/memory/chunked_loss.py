@@ -1,8 +1,5 @@
 """Cross entropy of a language model's head without ever holding the full logits.
 
-TRL's tiled kernel does the work: it keeps running log-sum-exp statistics over [tokens x vocabulary] tiles, recomputes
-each tile in backward and accumulates the gradients of the head and of the hidden states in fp32.
-
 Legend: T tokens, V vocabulary, H hidden size.
 """
 
@@ -10,10 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from .._compat import ChunkedLogProbFunction
-from ..device import logits_tile_width
+from .logprobs import IGNORE_INDEX, chunked_log_probs
 
-IGNORE_INDEX = -100
+__all__ = ["IGNORE_INDEX", "chunked_cross_entropy"]
 
 
 def chunked_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T) -> torch.Tensor:
@@ -25,11 +21,4 @@ def chunked_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T) -> torch.Tenso
         bias_V: [V] or None.
         labels_T: [T] int64, -100 where a token has no label. Those rows cost nothing.
     """
-    labelled_T = labels_T != IGNORE_INDEX
-    # Boolean indexing reads the number of labels back to the host: one sync a micro-batch, and the matrix products
-    # shrink to the labelled tokens, often half of a conversation.
-    tile_width = logits_tile_width(hidden_TH.device)
-    log_probs, *_ = ChunkedLogProbFunction.apply(
-        hidden_TH[labelled_T], weight_VH, bias_V, labels_T[labelled_T], 1.0, tile_width, None, 1.0, ()
-    )
-    return -log_probs.sum()
+    return -chunked_log_probs(hidden_TH, weight_VH, bias_V, labels_T).log_probs_T.sum()

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .._compat import WeightConverter, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from ..checkpoint.dequantise_on_load import dequantising_arguments, record_source, refuse_ignored_scales
 from ..checkpoint.side_files import write_side_files
+from ..memory.recompute import LayerCheckpoint
 from ..moe.experts import implementation_name
 from ..parallel.shard import distribute_model
 from .precision import fp32_buffers_kept
@@ -145,6 +147,15 @@ class HubModelMixin(_Base):
     def explain_missing(self, names: set[str]) -> str:
         """What a family has to add to the error about missing parameters of these names."""
         return ""
+
+    # What checkpointed layers keep besides their inputs, and where; memory/recompute.py sets it.
+    layer_checkpoint: LayerCheckpoint | None = None
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
+        """Where every way to switch activation checkpointing on, a trainer's or TRL's, comes through."""
+        if self.layer_checkpoint is not None:
+            gradient_checkpointing_func = self.layer_checkpoint.around(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(

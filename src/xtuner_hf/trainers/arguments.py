@@ -10,6 +10,8 @@ from trl import SFTConfig
 
 from .._compat import EPImplementationInterface, ranks_per_node
 from ..kernels.experts import EXPERTS_KERNELS
+from ..memory.optimizer import check_optimizer
+from ..memory.recompute import RECOMPUTE_POLICIES
 from ..moe.ep_dispatcher import IMPLEMENTATION_NAME
 from ..parallel.layout import ParallelLayout
 
@@ -110,6 +112,48 @@ class MoEArguments:
             "0 switches the watchdog off."
         },
     )
+    recompute: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is computed again in backward instead of kept, layer by layer. 'full': everything but the "
+            "layer's input, for up to a third more time; 'selective': everything but attention and routing, for about "
+            "three times the memory of 'full' (Qwen3-30B-A3B's shapes) and no second attention, which at 64k tokens is "
+            "most of the time; 'none': nothing. None follows gradient_checkpointing (True is 'full')."
+        },
+    )
+    activation_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the inputs of recomputed layers in pinned host memory from forward to backward. Saves tokens "
+            "x hidden size x layers elements on the device and costs as much pinned memory on the host; the copies "
+            "run beside the computation. Needs recompute; worth it only where layer inputs are what does not fit."
+        },
+    )
+    optimizer_states: str = field(
+        default="full",
+        metadata={
+            "help": "How AdamW's moments rest between steps. 'full': in the parameters' dtype (fp32: 8 bytes a "
+            "parameter); 'bf16': rounded stochastically, 4 bytes a parameter, for some noise in the updates; '8bit': "
+            "torchao's block-wise AdamW8bit (the 'lowbit' extra), 2 bytes a parameter, more noise, compiled on first "
+            "use; embeddings keep full ones."
+        },
+    )
+    optimizer_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Let AdamW's moments rest in pinned host memory and bring each parameter's to the device for its "
+            "step, the next one's meanwhile. Saves all of their memory on the device, changes no bit of the result, "
+            "and costs the time of moving them there and back once an optimizer step: use large global batches."
+        },
+    )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "Step each parameter as soon as its gradient is there and free the gradient, so that the gradients "
+            "of all parameters never exist together. Saves nearly 4 bytes a parameter (fp32). There is no gradient of "
+            "the whole step then: needs max_grad_norm=0 and gradient_accumulation_steps=1."
+        },
+    )
 
     freeze_router: bool = field(
         default=False,
@@ -125,6 +169,11 @@ class MoEArguments:
             raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; it must be 1 or more.")
         if self.watchdog_timeout < 0:
             raise ValueError(f"watchdog_timeout is {self.watchdog_timeout}; it must be 0 (off) or positive.")
+        check_optimizer(self)
+        if self.recompute is not None:
+            if self.recompute not in RECOMPUTE_POLICIES:
+                raise ValueError(f"recompute is {self.recompute!r}; choose one of {', '.join(RECOMPUTE_POLICIES)}.")
+            self.activation_checkpointing = self.gradient_checkpointing = self.recompute != "none"
         for name in (
             "router_aux_loss_coef",
             "router_z_loss_coef",
@@ -142,6 +191,22 @@ class MoEArguments:
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        # What the parent calls activation checkpointing has two names until transformers 6; here both are settled.
+        recomputes = getattr(self, "activation_checkpointing", False)
+        if self.activation_offload and not recomputes:
+            raise ValueError(
+                "activation_offload moves the inputs of recomputed layers, and nothing is recomputed: set "
+                "recompute='full' or 'selective', or activation_offload=False."
+            )
+        options = getattr(self, "activation_checkpointing_kwargs", None) or {}
+        if options.get("use_reentrant") and (self.activation_offload or self.recompute == "selective"):
+            raise ValueError(
+                "recompute='selective' and activation_offload need checkpointing without re-entry: drop use_reentrant "
+                "from gradient_checkpointing_kwargs."
+            )
 
     @property
     def exported_dtype(self) -> torch.dtype | None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import ProgressCallback as BarCallback
 
 from .. import __version__
 from ..checkpoint.model_card import correct_card
+from ..memory.optimizer import StepsInBackward, finish_optimizer, optimizer_class
 from ..models.base import HubModelMixin
 from ..models.moe_model import BalanceDefaults
 from ..moe.balance import BalanceConfig, LoadBalancer
@@ -102,6 +103,17 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
         self.add_callback(self._history)
         self.add_callback(ProgressLineCallback())
         self.add_callback(_StepEnd(self._end_step))
+        self._steps_in_backward: StepsInBackward | None = None
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        base, keywords = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer_class(base, args), keywords
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        finish_optimizer(optimizer, self.args, self.model)
+        return optimizer
 
     # ---- one optimizer step ----
 
@@ -126,6 +138,8 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
         return {key: value for key, value in batch.items() if "labels" not in key}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.args.optimizer_in_backward and self._steps_in_backward is None:  # sharded and resumed by now
+            self._steps_in_backward = StepsInBackward(self.optimizer.optimizer)
         # The Switch loss's gradient in the first micro-batch depends on the load in the last.
         if self._micro_batch == 0 and len(self._batches) > 1 and self._balance.config.aux_loss_coef:
             self._count_pass(model)
@@ -146,6 +160,8 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
         self._reduce_counts()
 
     def _get_grad_norm(self, model, grad_norm=None):
+        if self._steps_in_backward is not None:
+            grad_norm = self._steps_in_backward.take_norm()
         norm = super()._get_grad_norm(model, grad_norm)
         if self._bias_update_rate and not self.step_was_skipped:
             self._balance.update_bias(self._bias_update_rate)
@@ -180,7 +196,12 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
             check_output_dir(self.args.output_dir, resuming=bool(asked))
             self.accelerator.wait_for_everyone()
             self._meter = ThroughputMeter(self.model, self.args.device, self.accelerator.num_processes)
-        output = super().train(resume_from_checkpoint, *positional, **keywords)
+        try:
+            output = super().train(resume_from_checkpoint, *positional, **keywords)
+        finally:
+            if self._steps_in_backward is not None:  # a backward of somebody else's is not ours to step
+                self._steps_in_backward.remove()
+                self._steps_in_backward = None
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             draw_training(folder / HISTORY_FILE, folder / FIGURE_FILE)

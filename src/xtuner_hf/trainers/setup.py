@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from .._compat import launched_with_fsdp, loads_on_rank_0_only
+from ..memory.recompute import set_recompute
 from ..models.auto import AutoModelForCausalLM
 from ..models.base import HubModelMixin
 from ..parallel.layout import ParallelLayout
@@ -81,6 +82,7 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     if args.world_size > 1 and args.process_index == 0:
         _announce(f"{layout.describe(num_experts(_base_model(model)))}\n{layout.picture()}")
     sum_gradients(model)
+    set_recompute(_base_model(model), args.recompute or "full", offload=args.activation_offload, device=args.device)
     return model
 
 
@@ -94,6 +96,7 @@ def _announce(message: str) -> None:
 
 
 def _base_model(model: Any) -> Any:
+    """The model that PEFT stands around, or itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

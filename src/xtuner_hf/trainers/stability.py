@@ -108,6 +108,12 @@ class StabilityMixin(_Base):
         bad_losses, bad_norms, stops = self._agree_on_step(norm)
         self._stopping = self._stopping or stops > 0
         self.step_was_skipped = bad_losses + bad_norms > 0
+        if self.step_was_skipped and self.args.optimizer_in_backward:
+            raise NonFiniteError(
+                f"Step {self.state.global_step + 1} has a loss or gradient that is not finite, and "
+                "optimizer_in_backward has stepped with it already, so it cannot be skipped. Continue from the last "
+                "checkpoint with a lower learning_rate, or with optimizer_in_backward=False."
+            )
         if self.step_was_skipped and getattr(self.accelerator, "scaler", None) is None:
             self._skip_step(model, bad_losses, norm)
         else:
