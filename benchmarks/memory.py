@@ -55,15 +55,15 @@ SHAPES = {
         "num_experts_per_tok": 8,
         "vocab_size": VOCAB,
     },
-    # Many parameters and few tokens, to see optimizers.
+    # To see optimizers: many parameters, few tokens, and layers enough that one tensor is a few percent of the model.
     "wide": {
-        "hidden_size": 512,
-        "moe_intermediate_size": 512,
-        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": 16,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 64,
-        "num_experts": 32,
+        "num_experts": 8,
         "num_experts_per_tok": 2,
         "vocab_size": 4096,
     },
@@ -163,10 +163,13 @@ def measure_step(shape: str, case: str, tokens: int, device: torch.device) -> di
 
 
 def measure_optimizer(case: str, tokens: int, device: torch.device) -> dict:
-    """Two optimizer steps: gradients and states, over few activations."""
+    """Two optimizer steps over few tokens: gradients and states."""
     from xtuner_hf.memory.optimizer import StepsInBackward, optimizer_class
 
     model = build("wide", stock=False, device=device)
+    batch = batch_of(model, tokens, device)
+    model(**batch, chunked_loss=True).loss.backward()  # libraries load and settle their buffers
+    model.zero_grad()
     states, offload, in_backward = OPTIMIZERS[case] or ("full", False, False)
     asked = SimpleNamespace(
         optimizer_states=states, optimizer_offload=offload, optimizer_in_backward=in_backward
@@ -174,7 +177,6 @@ def measure_optimizer(case: str, tokens: int, device: torch.device) -> dict:
     optimizer = optimizer_class(torch.optim.AdamW, asked)(model.parameters(), lr=1e-4, fused=True)
     if in_backward:
         StepsInBackward(optimizer)
-    batch = batch_of(model, tokens, device)
     with Peak(device) as peak:
         for _ in range(2):
             model(**batch, chunked_loss=True).loss.backward()
@@ -241,7 +243,7 @@ def plan(shape: str, tokens: list[int], head_tokens: int, device: str) -> list[t
     on_gpu = device != "cpu"
     cases = [("step", shape, name, n) for name, (*_, offload) in STEPS.items() for n in tokens if on_gpu or not offload]
     cases += [
-        ("optimizer", "wide", name, 256)
+        ("optimizer", "wide", name, 16)
         for name, options in OPTIMIZERS.items()
         if on_gpu or options is None or not options[1]
     ]
@@ -256,28 +258,36 @@ def main() -> None:
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "wide"], default="small")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--head_tokens", type=int, default=32768, help="Tokens of the chunked head's longest case.")
+    parser.add_argument("--kinds", nargs="+", default=["step", "optimizer", "head"], help="The rest is kept as it was.")
     parser.add_argument("--output", type=Path, help="JSON; by default benchmarks/results/memory_SHAPE_DEVICE.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(*json.loads(args.case))))
         return
-    rows = []
+    output = args.output or RESULTS / f"memory_{args.shape}_{args.device}.json"
+    known = json.loads(output.read_text())["rows"] if output.exists() else []
+    rows = [row for row in known if row["kind"] not in args.kinds]
     for case in plan(args.shape, args.tokens, args.head_tokens, args.device):
-        rows.append(run_case(*case, args.device))
-        row = rows[-1]
+        if case[0] not in args.kinds:
+            continue
+        row = run_case(*case, args.device)
+        rows.append(row)
+        write(output, rows, args.device)  # a run that is cut short leaves what it has
         peak = f"{row['peak_bytes'] / 2**20:10,.0f} MiB" if "peak_bytes" in row else row["error"]
-        print(f"{row['kind']:10} {row['case']:42} {row['tokens']:6} tokens {peak}", flush=True)
+        print(f"{row['kind']:10} {row['case']:46} {row['tokens']:6} tokens {peak}", flush=True)
+
+
+def write(output: Path, rows: list[dict], device: str) -> None:
     import transformers
 
     facts = {
-        "device": torch.cuda.get_device_name() if args.device != "cpu" else platform.machine(),
+        "device": torch.cuda.get_device_name() if device != "cpu" else platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "document_tokens": DOCUMENT,
-        "measure": "torch.cuda.max_memory_allocated" if args.device != "cpu" else "VmHWM - VmRSS before the step",
+        "measure": "torch.cuda.max_memory_allocated" if device != "cpu" else "VmHWM - VmRSS before the step",
     }
-    output = args.output or RESULTS / f"memory_{args.shape}_{args.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"facts": facts, "shapes": SHAPES, "rows": rows}, indent=1) + "\n")
 

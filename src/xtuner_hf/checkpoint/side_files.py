@@ -41,7 +41,7 @@ def write_side_files(model: Any, target: Path, *, quantised: bool = False, dtype
         quantised: the weights are in the source's quantised format again.
         dtype: what weights that are not were written in; None stands for the model's `config.dtype`.
     """
-    source = model.source_folder
+    source = getattr(model, "source_folder", None)  # transformers' own models have none
     if source is None or not (source / "config.json").exists():
         write_hub_config(target, dtype)
         return

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from ..device import CopyStream
 
@@ -257,10 +258,32 @@ class QuantizedStep(ParameterStep):
     def keep_in_full(self, parameters: set[torch.Tensor]) -> None:
         self.in_full = {self.number_of(parameter) for parameter in self.parameters() if parameter in parameters}
 
-    def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
-        """Where torchao makes a state."""
-        torchaos: Any = super()
-        return torch.zeros_like(p) if self._numbers[p] in self.in_full else torchaos._new_buffer(p, signed)
+    @torch.no_grad()
+    def step_parameter(self, group: dict[str, Any], parameter: torch.Tensor) -> None:
+        if self.number_of(parameter) not in self.in_full:
+            super().step_parameter(group, parameter)
+            return
+        # By torch's own function: torchao's compiled one takes a state in full for one in 8 bits of the same shape.
+        state, grad = self.state[parameter], parameter.grad
+        assert grad is not None
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        adamw(
+            [parameter],
+            [grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            maximize=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -229,7 +229,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
             return
         said = inspect.signature(super().create_model_card).bind(*positional, **keywords).arguments
         classes = type(self).__mro__
-        ours = classes[classes.index(MoETrainerMixin) - 1]
+        ours = next(cls for cls in classes if cls.__module__.startswith(f"{__package__}."))
         behind = classes[classes.index(MoETrainerMixin) :]
         parent = next(cls for cls in behind if not cls.__module__.startswith(f"{__package__}."))
         correct_card(
