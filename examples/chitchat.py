@@ -1,4 +1,4 @@
-"""Conversations to train on: the 4,018 real dialogues between two people of the package `chitchat-dataset`."""
+"""Conversations to train on: the 4,013 real dialogues between two people in the package `chitchat-dataset`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def write_conversations(folder: Path, eval_share: float = 0.02, seed: int = 0) -
     """Write `train.jsonl` and `eval.jsonl` into `folder`; which conversation goes where depends on the seed alone.
 
     Who speaks first is the user, the other one the assistant. What one of them says in a row is one turn, its messages
-    on lines of their own. Of the package's 7,168 records, 3,150 are an opening line without an answer, which is
-    nothing to learn from.
+    on lines of their own. Of the package's 7,168 records, 3,151 are an opening line without an answer, which is
+    nothing to learn from, and four are copies of others.
 
     Args:
         eval_share: of the conversations, held out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(_conversations())
-    random.Random(seed).shuffle(rows)
-    num_eval = round(len(rows) * eval_share)
+    lines = list(dict.fromkeys(json.dumps(row, ensure_ascii=False) + "\n" for row in _conversations()))
+    random.Random(seed).shuffle(lines)
+    num_eval = round(len(lines) * eval_share)
     paths = folder / "train.jsonl", folder / "eval.jsonl"
-    for path, part in zip(paths, (rows[num_eval:], rows[:num_eval]), strict=True):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
+    for path, part in zip(paths, (lines[num_eval:], lines[:num_eval]), strict=True):
+        path.write_text("".join(part), encoding="utf-8")
     return paths
 
 

@@ -43,7 +43,7 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.utils import PushToHubMixin
+from trl import SFTTrainer
 
 from xtuner_hf import _compat
 
@@ -184,3 +186,28 @@ def test_methods_that_we_override():
         "every_n_layers",
     ]
     assert parameters(Trainer._get_grad_norm) == ["self", "model", "grad_norm"]
+
+
+def test_names_of_trl():
+    assert parameters(_compat.has_generation_markers) == ["chat_template"]
+    assert parameters(_compat.is_chat_template_stop_token_trained) == ["processing_class", "chat_template"]
+    assert parameters(_compat.global_then_local_main_first) == []
+    assert [field.name for field in dataclasses.fields(_compat.DataCollatorForLanguageModeling)] == [
+        "pad_token_id",
+        "padding_free",
+        "return_position_ids",
+        "pad_to_multiple_of",
+        "return_tensors",
+    ]
+
+
+def test_methods_of_parents_that_trainers_override():
+    assert parameters(SFTTrainer._prepare_dataset)[1:] == [
+        "dataset",
+        "processing_class",
+        "args",
+        "packing",
+        "formatting_func",
+        "dataset_name",
+    ]
+    assert parameters(Trainer._set_signature_columns_if_needed) == ["self"]

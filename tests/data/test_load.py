@@ -189,11 +189,11 @@ def test_a_broken_list_is_no_row_to_skip(tmp_path):
 
 
 def test_nothing_to_load(tmp_path):
-    empty, bad = tmp_path / "empty.jsonl", write(tmp_path / "bad.jsonl", "{", "[]")
+    empty, bad = tmp_path / "empty.jsonl", write(tmp_path / "bad.jsonl", "[]", "{")
     empty.write_text("\n")
     with pytest.raises(ValueError, match=r"empty.jsonl is empty: there is no conversation in it"):
         load_conversations(empty)
-    with pytest.raises(ValueError, match=r"All 2 rows are malformed \(1 invalid JSON, 1 not an object\)\. The first,"):
+    with pytest.raises(ValueError, match=r"All 2 rows are malformed \(1 not an object, 1 invalid JSON\)\. The first,"):
         load_conversations(bad, on_bad_row="skip")
     with pytest.raises(FileNotFoundError, match=r"There is no file 'none.jsonl'"):
         load_conversations("none.jsonl")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig, SFTTrainer
 
 from tests.data.chat import TOOLS, learned_text, tiny_tokenizer, tool_conversation, turns
 from tests.data.conftest import own_cache  # noqa: F401
+from tests.ranks import run_on_ranks
 from tests.tiny import build, moe_config
 from xtuner_hf import MoESFTConfig, MoESFTTrainer, Qwen3MoeForCausalLM
 from xtuner_hf.data import PackedCollator, load_conversations, prepare_dataset
@@ -191,3 +194,40 @@ def test_the_tokenizer_comes_with_the_checkpoint(tmp_path):
         MoESFTTrainer(
             model=build(Qwen3MoeForCausalLM, moe_config(vocab_size=260)), args=args, train_dataset=conversations()
         )
+
+
+def train_from_file(path: str, cache: str, folder: str) -> dict:
+    """One rank of a job: from a file of conversations to two optimizer steps on packed rows."""
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    made = trainer(
+        folder,
+        load_conversations(path, on_bad_row="skip"),
+        assistant_only_loss=True,
+        packing=True,
+        max_length=256,
+        per_device_train_batch_size=1,
+        max_steps=2,
+        save_strategy="no",
+    )
+    made.train()
+    return {"rows": made.train_dataset[:], "files": made.train_dataset.cache_files}
+
+
+def test_ranks_share_one_preparation(tmp_path, own_cache):  # noqa: F811
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in conversations()) + '{"messages": []}\n')
+    ranks = run_on_ranks(
+        "tests.trainers.test_sft:train_from_file",
+        2,
+        path=str(path),
+        cache=str(own_cache),
+        folder=str(tmp_path / "out"),
+    )
+    assert ranks[0] == ranks[1]
+    assert (
+        ranks[0]["rows"]
+        == trainer(tmp_path, conversations(), assistant_only_loss=True, packing=True, max_length=256).train_dataset[:]
+    )
+    files = {Path(file["filename"]).name for file in ranks[0]["files"]}
+    assert files <= {file.name for file in own_cache.rglob("cache-*.arrow")}
+    assert not list(own_cache.rglob("tmp*")), "no rank wrote beside the cache"

@@ -125,7 +125,7 @@ def _read_file(path: Path) -> Dataset:
 
 
 def _json_rows(path: str, name: str, changed: tuple) -> Iterator[dict[str, Any]]:
-    is_list = _starts_with_bracket(path)
+    is_list = path.endswith(".json") and _starts_with_bracket(path)
     lines = enumerate(_items(path, name), 1) if is_list else _lines(path)
     number = 0
     for number, line in lines:
