@@ -48,7 +48,10 @@ class Watchdog:
         return watchdog
 
     def stop(self) -> None:
+        """Ends the thread, so that none is left when the interpreter goes down."""
         self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
 
     def beat(self, doing: str) -> None:
         """There is progress; what comes now is `doing`."""
