@@ -19,9 +19,17 @@ RUNS = {
 SPLIT = {"batch": 2, "accumulation": 2, "packed": True, "gradient_checkpointing": True, "ep_size": 2}
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_split_over_ranks_experts_and_micro_batches(name):
-    whole = run_on_ranks("tests.trainers.scenario:train", 1, **RUNS[name])[0]
-    for run in run_on_ranks("tests.trainers.scenario:train", 2, **RUNS[name], **SPLIT):
-        found = differences(run, whole)
+@pytest.fixture(scope="module")
+def whole() -> dict[str, dict]:
+    """Each run in one process, in one batch."""
+    return {name: run_on_ranks("tests.trainers.scenario:train", 1, **arguments)[0] for name, arguments in RUNS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gpt_oss", "MoETrainer"), ("deepseek_v3", "MoETrainer"), ("deepseek_v3", "MoESFTTrainer")],
+)
+def test_split_over_ranks_experts_and_micro_batches(name, kind, whole):
+    for run in run_on_ranks("tests.trainers.scenario:train", 2, trainer_kind=kind, **RUNS[name], **SPLIT):
+        found = differences(run, whole[name])
         assert max(found.values()) < 2e-6, found

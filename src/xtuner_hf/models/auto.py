@@ -55,9 +55,21 @@ class AutoModelForCausalLM:
         if config is None:
             hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        return causal_lm_class(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        model_class = _model_class(config, kwargs)
+        return model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
         """A model with random weights."""
-        return causal_lm_class(config)._from_config(config, **kwargs)
+        return _model_class(config, kwargs)._from_config(config, **kwargs)
+
+
+def _model_class(config: PreTrainedConfig, kwargs: dict[str, Any]) -> Any:
+    """Our class for this configuration, if it takes the arguments that only some families have."""
+    model_class: Any = causal_lm_class(config)
+    if "mtp_loss_coef" in kwargs and not model_class.supports_mtp:
+        raise ValueError(
+            f"mtp_loss_coef is {kwargs['mtp_loss_coef']}, but {config.model_type} has no multi-token prediction "
+            "layers: leave it out."
+        )
+    return model_class

@@ -65,6 +65,9 @@ class HubModelMixin(_Base):
     source_folder: Path | None = None
     export_dtype: torch.dtype | None = None
 
+    # Whether the family has multi-token prediction layers (mtp.py).
+    supports_mtp = False
+
     # transformers decides this by reading the module's source for a decorator that stands in moe/experts.py here.
     _can_set_experts_implementation_cached_value = True
 

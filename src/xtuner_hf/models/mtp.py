@@ -23,12 +23,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._compat import ConversionOps, WeightConverter
 from ..memory.chunked_loss import IGNORE_INDEX
@@ -45,13 +46,6 @@ logger = logging.getLogger(__name__)
 
 # What a trunk's forward is called with that means nothing to a layer without a cache.
 _TRUNK_ONLY = ("past_key_values", "use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
-
-
-@dataclass
-class MTPModelOutput(MoeModelOutputWithPast):
-    """The trunk's output, and [B, S, H] of each depth."""
-
-    mtp_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -102,6 +96,38 @@ def shift_left(tensor_BS: torch.Tensor, distance: int, value: float = 0) -> torc
     return shifted
 
 
+class FurtherTokens:
+    """Asks a trunk to run its multi-token prediction layers, and scores what they predict.
+
+    It goes in as an argument, `further=`, and brings the loss out, because TRL's fused head hands on all arguments of a
+    trunk and drops all of its outputs but the hidden states. A plain class: FSDP would copy a dataclass.
+
+    Args:
+        score: (hidden states [B, S, H], labels [B, S] of these positions) -> summed loss, a model's head; None where
+            the layers run only for the load of their experts to be counted.
+        labels_BS: of each position itself, as the language model takes them.
+
+    Attributes:
+        loss_sum: scalar, the mean over depths of the summed loss over labels; None until a trunk has run.
+    """
+
+    def __init__(self, score: Callable[..., torch.Tensor] | None = None, labels_BS: torch.Tensor | None = None) -> None:
+        self.score = score
+        self.labels_BS = labels_BS
+        self.loss_sum: torch.Tensor | None = None
+
+    def take(self, hidden_DBSH: list[torch.Tensor], layout: TokenLayout) -> None:
+        """Score the predictions of all depths."""
+        if self.score is None or self.labels_BS is None:
+            return
+        losses_D = []
+        for distance, hidden_BSH in enumerate(hidden_DBSH, start=2):
+            further_BS = shift_left(self.labels_BS, distance, IGNORE_INDEX)
+            further_BS = further_BS.masked_fill(~same_document(layout, distance), IGNORE_INDEX)
+            losses_D.append(self.score(hidden_BSH, further_BS))
+        self.loss_sum = torch.stack(losses_D).mean()
+
+
 class MTPModelMixin(MoEModelMixin):
     """In front of a family's trunk: builds `config.num_nextn_predict_layers` further layers and runs them on demand."""
 
@@ -113,18 +139,17 @@ class MTPModelMixin(MoEModelMixin):
         indices = range(first, first + config.num_nextn_predict_layers)
         return super().build_layers(config) + [self.mtp_layer_class(config, index) for index in indices]
 
-    def run(self, layout: TokenLayout, *, with_mtp: bool = False, **inputs: Any) -> Any:
-        """As in the parent; with `with_mtp` the output also has `mtp_hidden_states`, one [B, S, H] a depth."""
-        if self.training and self.mtp_trains and torch.is_grad_enabled() and not with_mtp:
+    def run(self, layout: TokenLayout, *, further: FurtherTokens | None = None, **inputs: Any) -> Any:
+        """As in the parent; with `further` the multi-token prediction layers run too."""
+        if self.training and self.mtp_trains and torch.is_grad_enabled() and further is None:
             raise RuntimeError(
-                "mtp_loss_coef trains the multi-token prediction layers, but this forward goes past the model's own "
-                "loss (TRL's trainers compute it outside). Train with MoETrainer, or load the model with "
+                "mtp_loss_coef trains the multi-token prediction layers, but this forward goes past the loss that they "
+                "are part of. Train with MoETrainer or MoESFTTrainer and their own loss, or load the model with "
                 "mtp_loss_coef=0 (keep the layers as they are) or None (leave them out)."
             )
         outputs = super().run(layout, **inputs)
-        if with_mtp:
-            further = tuple(self._predict_further(outputs.last_hidden_state, layout, **inputs))
-            outputs = MTPModelOutput(**outputs, mtp_hidden_states=further)
+        if further is not None:
+            further.take(self._predict_further(outputs.last_hidden_state, layout, **inputs), layout)
         return outputs
 
     def _predict_further(self, hidden_BSH, layout, inputs_embeds, position_ids, **kwargs) -> list[torch.Tensor]:
@@ -157,19 +182,17 @@ class MTPCausalLMMixin(MoECausalLMMixin):
         mtp_loss_coef: see the top of this file; `from_pretrained` and `from_config` pass it on.
     """
 
+    supports_mtp = True
+
     def __init__(self, config: Any, mtp_loss_coef: float | None = None):
         depths = config.num_nextn_predict_layers
         if mtp_loss_coef is None:
             config = self._without_mtp(config)
-        elif mtp_loss_coef < 0 or not depths:
-            raise ValueError(
-                f"mtp_loss_coef is {mtp_loss_coef} and config.num_nextn_predict_layers is {depths}: it takes at least "
-                "one such layer and a coefficient of 0 (keep the layers as they are) or more."
-            )
         super().__init__(config)
-        self.mtp_loss_coef = mtp_loss_coef
         self.num_mtp_layers = config.num_nextn_predict_layers
-        self.model.mtp_trains = bool(mtp_loss_coef)
+        self.mtp_loss_coef: float | None = None
+        if mtp_loss_coef is not None:
+            self.set_mtp_loss_coef(mtp_loss_coef)
         # What was left out above is no surprise in a checkpoint. (transformers' class ignores layer 61 of any model.)
         left_out = range(config.num_hidden_layers, config.num_hidden_layers + depths - self.num_mtp_layers)
         self._keys_to_ignore_on_load_unexpected = {rf"(^|\.)layers\.{index}\." for index in left_out}
@@ -189,27 +212,41 @@ class MTPCausalLMMixin(MoECausalLMMixin):
         config.num_nextn_predict_layers = 0
         return config
 
+    def set_mtp_loss_coef(self, coef: float) -> None:
+        """Train the multi-token prediction layers with this coefficient from now on; 0: keep them as they are.
+
+        Raises:
+            ValueError: for a negative coefficient, or a model that was built without the layers.
+        """
+        if coef < 0 or not self.num_mtp_layers:
+            raise ValueError(
+                f"mtp_loss_coef is {coef} and the model has {self.num_mtp_layers} multi-token prediction layers: it "
+                "takes at least one (config.num_nextn_predict_layers, and a model loaded with mtp_loss_coef) and a "
+                "coefficient of 0 (keep the layers as they are) or more."
+            )
+        self.mtp_loss_coef = coef
+        self.model.mtp_trains = bool(coef)
+
+    def further_tokens(self, labels_BS: torch.Tensor | None = None) -> FurtherTokens | None:
+        """What a forward takes as `further`, to be scored by this model's head; None where nothing of it trains."""
+        if not self.training or not self.mtp_loss_coef:
+            return None
+        return FurtherTokens(self.lm_head, labels_BS)
+
     def forward(self, input_ids=None, labels=None, chunked_loss: bool = False, **kwargs):
         """As in the parent; in training, `chunked_loss=True` with `labels` adds the loss of the further tokens, whose
         own value is in `mtp_loss`. A forward without gradients runs the layers too: it may count the experts' load."""
         has_loss = chunked_loss and labels is not None
-        if self.training and self.mtp_loss_coef and (has_loss or not torch.is_grad_enabled()):
-            kwargs["with_mtp"] = True
+        if has_loss or not torch.is_grad_enabled():
+            kwargs.setdefault("further", self.further_tokens(labels if has_loss else None))
         return super().forward(input_ids=input_ids, labels=labels, chunked_loss=chunked_loss, **kwargs)
 
     def chunked_output(self, trunk_outputs: Any, labels_BS: torch.Tensor, num_items: Any, inputs: dict) -> Any:
         output = super().chunked_output(trunk_outputs, labels_BS, num_items, inputs)
-        hidden_DBSH = trunk_outputs.get("mtp_hidden_states", ())
-        if not hidden_DBSH:
+        further = inputs["further"]
+        if further is None:
             return output
-        masks = {name: inputs.get(name) for name in ("attention_mask", "position_ids", "token_mask")}
-        layout = TokenLayout.of_batch({"input_ids": labels_BS, **masks})  # for their shape and device
-        losses_D = []
-        for distance, hidden_BSH in enumerate(hidden_DBSH, start=2):
-            further_BS = shift_left(labels_BS, distance, IGNORE_INDEX)
-            further_BS = further_BS.masked_fill(~same_document(layout, distance), IGNORE_INDEX)
-            losses_D.append(self.lm_head(hidden_BSH, further_BS) / num_items)
-        mtp_loss = torch.stack(losses_D).mean()
+        mtp_loss = further.loss_sum / num_items
         return MTPCausalLMOutput(loss=output.loss + self.mtp_loss_coef * mtp_loss, mtp_loss=mtp_loss.detach())
 
     def explain_missing(self, names: set[str]) -> str:

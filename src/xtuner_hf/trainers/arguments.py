@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -21,6 +22,9 @@ EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 @dataclass
 class MoEArguments:
     """Arguments of MoE training. Each also exists as a command-line flag of the same name."""
+
+    # Whether the trainer's loss is one of text, to which further tokens can be added.
+    trains_mtp: ClassVar[bool] = True
 
     ep_size: int = field(
         default=1,
@@ -80,6 +84,14 @@ class MoEArguments:
             "help": "Step of the correction bias after each optimizer step (auxiliary-loss-free balancing). Needs a "
             "model whose routers have such a bias. None takes the family's published value (1e-3 for DeepSeek V3 and "
             "its relatives, else 0), 0 freezes the bias: usual in short fine-tuning."
+        },
+    )
+    mtp_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Coefficient of the multi-token prediction loss of DeepSeek V3 and GLM-4.5; 0.3 is the published "
+            "one, 0.1 at the end of pre-training. 0 keeps these layers as they are, untrained, in what is saved. None "
+            "leaves them out of a model that is given by name, and changes nothing of a model that is given loaded."
         },
     )
     export_dtype: str = field(
@@ -179,6 +191,7 @@ class MoEArguments:
             "router_z_loss_coef",
             "router_sequence_loss_coef",
             "router_bias_update_rate",
+            "mtp_loss_coef",
         ):
             if (getattr(self, name) or 0.0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or positive.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trl import GRPOConfig
 
@@ -20,6 +21,8 @@ class MoEGRPOConfig(MoEArguments, GRPOConfig):
     Balancing is off unless asked for, also where the family published coefficients, and the balance losses never move
     a model alone: a step in which no sample has an advantage goes without them.
     """
+
+    trains_mtp: ClassVar[bool] = False
 
     router_aux_loss_coef: float | None = field(
         default=0.0,

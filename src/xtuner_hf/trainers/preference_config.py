@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trl import DPOConfig
 
@@ -16,6 +17,8 @@ class MoEDPOConfig(MoEArguments, DPOConfig):
     None as a coefficient of balancing takes the family's published value; the Switch loss is ours and not TRL's: by
     layer, over the global batch.
     """
+
+    trains_mtp: ClassVar[bool] = False
 
     sft_reduction: str = field(
         default="token",

@@ -79,6 +79,7 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     if shards_with_accelerate(args):
         check_accelerate_door(model)
     model = _load(model, layout, args) if isinstance(model, str) else _adopt(model, layout, args)
+    _check_mtp(_base_model(model), args)
     if args.world_size > 1 and args.process_index == 0:
         _announce(f"{layout.describe(num_experts(_base_model(model)))}\n{layout.picture()}")
     sum_gradients(model)
@@ -109,6 +110,8 @@ def _adopt(model: Any, layout: ParallelLayout, args: Any) -> nn.Module:
         )
     if args.experts_implementation is not None:
         base.set_experts_implementation(args.experts_implementation)
+    if args.mtp_loss_coef is not None:
+        _set_mtp(base, args.mtp_loss_coef)
     layout.check_experts(num_experts(base))
     if args.world_size == 1:
         return model
@@ -130,11 +133,31 @@ def _load(name: str, layout: ParallelLayout, args: Any) -> PreTrainedModel:
     kwargs = {"dtype": "float32", **(getattr(args, "model_init_kwargs", None) or {})}
     if args.experts_implementation is not None:
         kwargs["experts_implementation"] = args.experts_implementation
+    if args.mtp_loss_coef is not None:
+        kwargs["mtp_loss_coef"] = args.mtp_loss_coef
     if args.world_size > 1 and not shards_with_accelerate(args):
         kwargs["distributed_config"] = _distributed_config(layout, args)
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     layout.check_experts(num_experts(model))
     return model
+
+
+def _set_mtp(base: Any, coef: float) -> None:
+    if not base.supports_mtp:
+        raise ValueError(
+            f"mtp_loss_coef is {coef}, but {base.config.model_type} has no multi-token prediction layers: leave it out."
+        )
+    base.set_mtp_loss_coef(coef)
+
+
+def _check_mtp(base: Any, args: Any) -> None:
+    coef = getattr(base, "mtp_loss_coef", None)
+    if coef and not args.trains_mtp:
+        raise ValueError(
+            f"mtp_loss_coef is {coef}, but {type(args).__name__} trains on whole answers, whose preference or reward "
+            "says nothing of further tokens: set it to 0 to keep the multi-token prediction layers as they are, or "
+            "leave them out of the model."
+        )
 
 
 def _distributed_config(layout: ParallelLayout, args: Any) -> DistributedConfig:

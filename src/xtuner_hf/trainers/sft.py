@@ -56,8 +56,30 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
             processing_class=processing_class,
             **keywords,
         )
+        self._check_further_tokens()
         if type(self.data_collator) is DataCollatorForLanguageModeling:  # TRL's choice, which counts padding as tokens
             self.data_collator = PackedCollator(**vars(self.data_collator))
+
+    def _check_further_tokens(self) -> None:
+        coef = getattr(self._base_model, "mtp_loss_coef", None)
+        is_plain = self.args.loss_type == "nll" and self.compute_loss_func is None and self.label_smoother is None
+        if coef and not is_plain:
+            raise ValueError(
+                f"mtp_loss_coef is {coef}, and the loss of further tokens is the plain cross entropy: drop loss_type, "
+                "compute_loss_func and label_smoothing_factor, or set mtp_loss_coef=0."
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        base = self._base_model
+        further = base.further_tokens(inputs["labels"]) if base.supports_mtp else None
+        if further is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # TRL's head scores the next token alone; the trunk that it calls scores the others.
+        result = super().compute_loss(model, {**inputs, "further": further}, return_outputs, num_items_in_batch)
+        loss, *outputs = result if return_outputs else (result,)
+        # This rank's share, as the loss that comes back: gradients are summed.
+        loss = loss + base.mtp_loss_coef * further.loss_sum / num_items_in_batch
+        return (loss, *outputs) if return_outputs else loss
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         name = f"{dataset_name}_dataset"
