@@ -6,32 +6,20 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import DeepseekV3Config, GptOssConfig, set_seed
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
-from transformers.models.gpt_oss import modeling_gpt_oss
 
 from tests.checkpoint.official import FP8_CONFIG, MXFP4_CONFIG, write_official
 from tests.tiny import moe_config, randomize_
-from xtuner_hf import Qwen3MoeForCausalLM
+from xtuner_hf import DeepseekV3ForCausalLM, GptOssForCausalLM, Qwen3MoeForCausalLM
 from xtuner_hf._compat import revert_weight_conversion
 from xtuner_hf.checkpoint.hub_config import to_hub_dialect
-from xtuner_hf.models.base import HubModelMixin, use_hub_layout
-
-use_hub_layout("deepseek_v3")
-use_hub_layout("gpt_oss")
-
-
-class DeepseekV3ForCausalLM(HubModelMixin, modeling_deepseek_v3.DeepseekV3ForCausalLM):
-    """Stock, with our loading and saving."""
-
-
-class GptOssForCausalLM(HubModelMixin, modeling_gpt_oss.GptOssForCausalLM):
-    """Stock, with our loading and saving."""
-
+from xtuner_hf.models.kimi_k2.configuration import KimiK2Config
+from xtuner_hf.models.kimi_k2.modeling import DeepseekV3ForCausalLM as KimiK2ForCausalLM
 
 STOCK = {
-    DeepseekV3ForCausalLM: modeling_deepseek_v3.DeepseekV3ForCausalLM,
-    GptOssForCausalLM: modeling_gpt_oss.GptOssForCausalLM,
+    DeepseekV3ForCausalLM: transformers.DeepseekV3ForCausalLM,
+    GptOssForCausalLM: transformers.GptOssForCausalLM,
 }
 
 
@@ -61,6 +49,11 @@ def deepseek_config(**changes) -> DeepseekV3Config:
         "max_position_embeddings": 64,
     }
     return DeepseekV3Config(**(values | changes))
+
+
+def kimi_config() -> KimiK2Config:
+    entries = deepseek_config(n_group=1, topk_group=1, n_routed_experts=6).to_dict()
+    return KimiK2Config(**{key: value for key, value in entries.items() if key != "model_type"})
 
 
 def gpt_oss_config() -> GptOssConfig:
@@ -108,6 +101,7 @@ CASES = {
         lambda: deepseek_config(kv_lora_rank=128, qk_rope_head_dim=16, moe_intermediate_size=200),
         FP8_CONFIG,
     ),
+    "kimi_k2": (KimiK2ForCausalLM, kimi_config, FP8_CONFIG),
     "qwen3_moe": (Qwen3MoeForCausalLM, lambda: moe_config(hidden_size=192, moe_intermediate_size=144), FP8_CONFIG),
 }
 

@@ -1,61 +1,25 @@
-"""Names, dtypes and shapes of the published checkpoints at full size, from stock models on the meta device."""
+"""Names, dtypes and shapes of the published checkpoints at full size, from our models on the meta device."""
 
 import functools
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from tests.checkpoint.official import FP8_CONFIG, INT4_CONFIG, MXFP4_CONFIG
-from xtuner_hf._compat import revert_weight_conversion
+from tests.models import published
 from xtuner_hf.checkpoint.formats import quantised_format, quantised_manifest
 from xtuner_hf.checkpoint.quantised_format import CheckpointFormatError, TensorSpec
-
-DEEPSEEK_V3 = {"vocab_size": 129280, "hidden_size": 7168, "n_routed_experts": 256, "num_attention_heads": 128}
-KIMI_K2 = DEEPSEEK_V3 | {
-    "vocab_size": 163840,
-    "n_routed_experts": 384,
-    "num_attention_heads": 64,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
+from xtuner_hf.models.manifest import hub_manifest, meta_model
 
 
-def plain_manifest(model_class, config) -> list[TensorSpec]:
-    with torch.device("meta"):
-        state = model_class(config).bfloat16()
-    # `.bfloat16()` takes the bias with it; checkpoints hold it in fp32.
-    return [
-        TensorSpec(
-            name, torch.float32 if name.endswith("e_score_correction_bias") else tensor.dtype, tuple(tensor.shape)
-        )
-        for name, tensor in revert_weight_conversion(state, state.state_dict()).items()
-    ]
-
-
-@functools.cache
-def deepseek_manifest() -> list[TensorSpec]:
-    """With the MTP layer, which stock transformers does not have: a decoder layer and six tensors of its own."""
-    config = DeepseekV3Config(**DEEPSEEK_V3)
-    plain = plain_manifest(DeepseekV3ForCausalLM, config)
-    last = [spec for spec in plain if spec.name.startswith("model.layers.60.")]
-    mtp = [spec._replace(name=spec.name.replace(".60.", ".61.", 1)) for spec in last]
-    hidden, vocab = config.hidden_size, config.vocab_size
-    own = {
-        "enorm.weight": (hidden,),
-        "hnorm.weight": (hidden,),
-        "eh_proj.weight": (hidden, 2 * hidden),
-        "shared_head.norm.weight": (hidden,),
-        "shared_head.head.weight": (vocab, hidden),
-        "embed_tokens.weight": (vocab, hidden),
-    }
-    return plain + mtp + [TensorSpec(f"model.layers.61.{name}", torch.bfloat16, shape) for name, shape in own.items()]
+def plain_manifest(config, **keywords) -> list[TensorSpec]:
+    manifest = hub_manifest(meta_model(config, **keywords))
+    return [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in manifest.items()]
 
 
 @functools.cache
 def kimi_manifest() -> list[TensorSpec]:
-    return plain_manifest(DeepseekV3ForCausalLM, DeepseekV3Config(**KIMI_K2))
+    return plain_manifest(published.kimi_k2())
 
 
 def stale_buffers(nbytes: int) -> list[TensorSpec]:
@@ -72,12 +36,11 @@ def totals(manifest: list[TensorSpec]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("layers", "experts", "published"), [(24, 32, (459, 13_761_264_768)), (36, 128, (687, 65_248_815_744))]
+    ("layers", "experts", "index"), [(24, 32, (459, 13_761_264_768)), (36, 128, (687, 65_248_815_744))]
 )
-def test_gpt_oss(layers, experts, published):
-    config = GptOssConfig(num_hidden_layers=layers, num_local_experts=experts)
-    manifest = quantised_manifest(plain_manifest(GptOssForCausalLM, config), MXFP4_CONFIG)
-    assert totals(manifest) == published
+def test_gpt_oss(layers, experts, index):
+    manifest = quantised_manifest(plain_manifest(published.gpt_oss(layers, experts)), MXFP4_CONFIG)
+    assert totals(manifest) == index
     specs = {spec.name: spec[1:] for spec in manifest}
     experts_name = "model.layers.5.mlp.experts."
     assert specs[experts_name + "gate_up_proj_blocks"] == (torch.uint8, (experts, 5760, 90, 16))
@@ -86,7 +49,7 @@ def test_gpt_oss(layers, experts, published):
 
 
 def test_deepseek_v3():
-    manifest = quantised_manifest(deepseek_manifest(), FP8_CONFIG)
+    manifest = quantised_manifest(plain_manifest(published.deepseek_v3(), mtp_loss_coef=0), FP8_CONFIG)
     assert totals(manifest) == (91_991, 688_574_839_360)
     specs = {spec.name: spec[1:] for spec in manifest}
     attention = "model.layers.7.self_attn.kv_a_proj_with_mqa."

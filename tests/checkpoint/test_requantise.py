@@ -1,16 +1,18 @@
 """A folder of a trained model in bf16, rewritten as its source was published."""
 
+import functools
 import json
 
 import pytest
 import torch
 from datasets import Dataset
 
-from tests.checkpoint.families import write_case
-from tests.checkpoint.official import read_stored, same_bytes
+from tests.checkpoint.families import config_json, deepseek_config, plain_checkpoint, write_case
+from tests.checkpoint.official import FP8_CONFIG, read_stored, same_bytes, write_official
 from tests.checkpoint.test_hub_source import change
 from tests.tiny import uneven_rows
-from xtuner_hf import MoETrainer, MoETrainingArguments
+from xtuner_hf import DeepseekV3ForCausalLM, MoETrainer, MoETrainingArguments
+from xtuner_hf.checkpoint.hub_folder import HubFolder
 from xtuner_hf.checkpoint.quantised_format import CheckpointFormatError
 from xtuner_hf.checkpoint.requantise import requantise_folder
 from xtuner_hf.data import PackedCollator
@@ -51,6 +53,32 @@ def test_tensors_that_the_model_lacks_are_copied(tmp_path):
     change(trained, lambda stored: stored.pop("lm_head.weight"))
     requantise_folder(trained, source, target)
     assert same_bytes(read_stored(target)["lm_head.weight"], read_stored(source)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("coef", [None, 0.0, 0.3])
+def test_the_multi_token_prediction_layer(coef, tmp_path):
+    """Left out of the model it is copied from the source; kept or trained it is written by the model."""
+    source, trained, target = (tmp_path / name for name in ("source", "trained", "target"))
+    config = deepseek_config(num_nextn_predict_layers=1)
+    with_mtp = functools.partial(DeepseekV3ForCausalLM, mtp_loss_coef=0)
+    entries = config_json(config, FP8_CONFIG) | {"architectures": ["DeepseekV3ForCausalLM"]}
+    plain = plain_checkpoint(with_mtp, config)
+    write_official(source, plain, entries)
+    model = DeepseekV3ForCausalLM.from_pretrained(source, mtp_loss_coef=coef, dtype=torch.float32).train()
+    if coef:
+        rows = torch.randint(2, 64, (1, 16), generator=torch.Generator().manual_seed(0))
+        model(rows, labels=rows, chunked_loss=True).loss.backward()
+        torch.optim.SGD(model.model.layers[2].parameters(), lr=1.0).step()
+    model.save_pretrained(trained)
+    held = {name for name in HubFolder(trained).names() if name.startswith("model.layers.2.")}
+    assert len(held) == (0 if coef is None else sum(name.startswith("model.layers.2.") for name in plain))
+    requantise_folder(trained, source, target)
+    original, written = read_stored(source), read_stored(target)
+    assert written.keys() == original.keys()
+    changed = {name for name, tensor in original.items() if not same_bytes(written[name], tensor)}
+    assert bool(changed) == bool(coef)
+    assert all(name.startswith("model.layers.2.") for name in changed)
+    assert not coef or "model.layers.2.eh_proj.weight" in changed
 
 
 def test_from_official_weights_through_a_trainer_and_back(tmp_path):
