@@ -18,6 +18,8 @@ _PRIVATE_KEYS = ("distributed_config", "base_model_ep_plan", "_experts_implement
 _EXPERTS_KEY = {"qwen3_moe": "num_experts"}
 # Families whose checkpoints leave `layer_types` to the two keys that it follows from.
 _IMPLIED_LAYER_TYPES = ("qwen3",)
+# Families whose remote code reads the kind of RoPE as `rope_scaling["type"]`, and gets a KeyError from "rope_type".
+_REMOTE_CODE_OF_DEEPSEEK = ("deepseek_v3", "kimi_k2")
 
 
 def to_hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +36,11 @@ def to_hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
     if family in _IMPLIED_LAYER_TYPES and _layer_types_are_implied(config):
         del config["layer_types"]
     if "rope_parameters" in config:
-        config |= _split_rope(config.pop("rope_parameters"))
+        config |= _split_rope(
+            config.pop("rope_parameters"), "type" if family in _REMOTE_CODE_OF_DEEPSEEK else "rope_type"
+        )
+    added = _additions(config)
+    config = {key: value for key, value in config.items() if key not in added or value != added[key]}
     if config.get("pad_token_id", 0) is None:
         del config["pad_token_id"]
     if "use_cache" in config:
@@ -42,13 +48,24 @@ def to_hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(config.items()))
 
 
-def _split_rope(rope: dict[str, Any]) -> dict[str, Any]:
+def _split_rope(rope: dict[str, Any], kind_key: str) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in rope.values()):
         return {"rope_parameters": rope}  # one set per layer type: the old keys cannot say that
     rope = dict(rope)
-    theta = rope.pop("rope_theta")
-    scaling = None if rope.get("rope_type", "default") == "default" else rope
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    outside = {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    return outside | {"rope_scaling": None if kind == "default" else dict(sorted((rope | {kind_key: kind}).items()))}
+
+
+def _additions(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers adds to a family's files, and takes for granted when it reads one without."""
+    family = config.get("model_type", "")
+    if family in _REMOTE_CODE_OF_DEEPSEEK and "qk_rope_head_dim" in config:
+        rope, nope = config["qk_rope_head_dim"], config.get("qk_nope_head_dim", 0)
+        return {"head_dim": rope, "qk_head_dim": nope + rope, "rope_interleave": True, "output_router_logits": False}
+    if family == "gpt_oss":
+        return {"bos_token_id": None, "swiglu_alpha": 1.702}
+    return {"bos_token_id": None, "output_router_logits": False} if family == "glm4_moe" else {}
 
 
 def _layer_types_are_implied(config: dict[str, Any]) -> bool:
