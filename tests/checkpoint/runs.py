@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 
 import xtuner_hf
+from tests.families import tokens
 from tests.tiny import build, dense_config, moe_config, uneven_rows
 from tests.trainers.scenario import tiny_tokenizer
 from xtuner_hf.data import PackedCollator
@@ -119,6 +120,27 @@ def push_and_load(folder: str) -> dict:
         "states": [model.state_dict(), *(again.state_dict() for again in loaded.values())],
         "stock_class": type(stock),
         "logit_difference": (stock(tokens).logits - plain(tokens).logits).abs().max().item(),
+    }
+
+
+def load_published_and_save(folder: str, name: str) -> dict:
+    """Put a folder on the Hub, load it by name, train its last norm, and save it.
+
+    Returns what the model computes, and the files of the repository that were downloaded.
+    """
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(name)
+    HfApi().upload_folder(repo_id=name, folder_path=folder)
+    model = xtuner_hf.AutoModelForCausalLM.from_pretrained(name).eval()
+    with torch.no_grad():
+        model.model.norm.weight += 1.0
+    model.save_pretrained(f"{folder}-saved")
+    found = [path for path in model.source_folder.rglob("*") if path.is_file()]
+    return {
+        "logits": model.float()(tokens()).logits.detach(),
+        "files": {str(path.relative_to(model.source_folder)) for path in found},
+        "loaded_from": model.loaded_from,
     }
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import BitsAndBytesConfig, DeepseekV3Config, FineGrainedFP8Config, GenerationConfig, Mxfp4Config
 from transformers.distributed import DistributedConfig
 
@@ -114,6 +115,16 @@ def test_from_the_hub_by_name(tmp_path, monkeypatch):
     assert model.name_or_path == "somebody/model"
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(model.state_dict()[name], values[name].bfloat16())
+
+
+def test_side_files_that_cannot_be_had_are_one_line_in_the_log(monkeypatch, caplog):
+    def download(name, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(dequantise_on_load, "snapshot_download", download)
+    assert dequantise_on_load.side_folder("somebody/model", {"revision": "main"}) is None
+    (record,) = caplog.records
+    assert "The files beside the weights of somebody/model could not be read (no network)" in record.message
 
 
 def test_a_model_that_stays_quantised_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,17 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import load_file
 
+from tests.checkpoint.test_hub_config import PUBLISHED_KIMI
+from tests.families import tokens
 from tests.hub_server import HubServer
-from tests.ranks import run_on_ranks
+from tests.ranks import REPO, run_on_ranks
+from tests.tiny import build
 from xtuner_hf import Qwen3MoeForCausalLM
+from xtuner_hf.models.auto import causal_lm_class
+from xtuner_hf.models.kimi_k2.configuration import KimiK2Config
 
 WEIGHTS = "model.safetensors"
+REMOTE_CODE = REPO / "tests" / "checkpoint" / "remote_code"
 
 
 @pytest.fixture
@@ -64,6 +71,50 @@ def test_a_push_uploads_what_is_saved_and_a_name_loads_it(hub, tmp_path):
         assert all(torch.equal(state[name], tensor) for name, tensor in original.items())
     assert result["stock_class"].__module__.startswith("transformers.")
     assert result["logit_difference"] < 1e-5
+
+
+def publish_kimi(folder: Path) -> dict[str, bytes]:
+    """A tiny Kimi K2 as it lies on the Hub, with its own code; returns the files beside the weights."""
+    rope = PUBLISHED_KIMI["rope_scaling"] | {"original_max_position_embeddings": 16}
+    published = PUBLISHED_KIMI | {"initializer_range": 0.2, "rope_scaling": rope, "pad_token_id": 0}
+    config = KimiK2Config(**{key: value for key, value in published.items() if key != "model_type"})
+    build(causal_lm_class(config), config, dtype=torch.bfloat16).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(published, indent=4))  # the Hub's own indentation
+    generation = {"eos_token_id": [1, 5], "max_length": 131072, "do_sample": True, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=4))
+    for path in REMOTE_CODE.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in ("LICENSE", "tiktoken.model", "tokenization_kimi.py", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes(b"from the Hub \r\n\xff " + name.encode())
+    (folder / "README.md").write_text("# What is said of the published weights")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "banner.png").write_bytes(b"large")
+    return {name: data for name, data in read_folder(folder).items() if not name.endswith(".safetensors")}
+
+
+def test_what_lies_beside_the_weights_of_a_name_goes_out_as_it_came_in(hub, tmp_path, monkeypatch):
+    """Kimi K2: nobody but the repository's own code reads it in plain transformers, before and after."""
+    files = publish_kimi(tmp_path / "kimi")
+    arguments = {"folder": str(tmp_path / "kimi"), "name": "me/kimi"}
+    (ours,) = run_on_ranks("tests.checkpoint.runs:load_published_and_save", 1, **arguments)
+    assert ours["loaded_from"] == "me/kimi"
+    assert ours["files"] == files.keys() | {WEIGHTS}, "and nothing of the folders below"
+    saved = read_folder(tmp_path / "kimi-saved")
+    assert saved.keys() == (files.keys() | {WEIGHTS}) - {"README.md"}
+    for name, data in files.items():
+        assert name == "README.md" or saved[name] == data, name
+    before, after = load_file(tmp_path / "kimi" / WEIGHTS), parse_safetensors(saved[WEIGHTS])
+    assert before.keys() == after.keys()
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == ["model.norm.weight"]
+
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    arguments = {"folder": str(tmp_path / "kimi-saved"), "input_ids": tokens()}
+    (theirs,) = run_on_ranks("tests.checkpoint.remote:logits", 1, **arguments)
+    assert not theirs["knows us"]
+    assert "contains custom code" in theirs["refusal"]
+    assert theirs["class"].endswith("modeling_deepseek.DeepseekV3ForCausalLM")
+    assert theirs["info"] == {"missing_keys": set(), "unexpected_keys": set()}
+    assert (theirs["logits"] - ours["logits"]).abs().max() < 1e-4
 
 
 def test_a_server_that_does_not_play_along(hub):

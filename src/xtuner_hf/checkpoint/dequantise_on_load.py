@@ -8,16 +8,21 @@ MXFP4 saves hold bf16 data under quantised names. Here the loader gets plain ten
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .hub_source import HubSource
 from .quantised_format import CheckpointFormatError
+from .side_files import NOT_CARRIED_SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 # Arguments of `from_pretrained` that say where a checkpoint is, and that `snapshot_download` takes.
 _DOWNLOAD_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
@@ -31,8 +36,8 @@ def dequantising_arguments(
 ) -> tuple[Any, dict[str, Any], Path | None]:
     """(name, kwargs, source folder) for transformers' `from_pretrained`.
 
-    Name and arguments come back as they are for a checkpoint that is not quantised, with its folder if it is a local
-    one; otherwise they hand transformers the dequantised tensors.
+    Name and arguments come back as they are for a checkpoint that is not quantised, without a folder; otherwise they
+    hand transformers the dequantised tensors.
 
     Raises:
         CheckpointFormatError: see `HubSource`.
@@ -42,8 +47,7 @@ def dequantising_arguments(
     kwargs = dict(kwargs)
     config = _own_config(model_class, name, kwargs)
     if config is None or _quantization_config(config) is None:
-        local = Path(name) / kwargs.get("subfolder", "")
-        return name, kwargs, local if (local / "config.json").exists() else None
+        return name, kwargs, None
     _refuse_quantised_model(kwargs.pop("quantization_config", None))
     folder = checkpoint_folder(name, **{key: kwargs[key] for key in _WHERE_ARGUMENTS if key in kwargs})
     source = HubSource(folder)
@@ -52,6 +56,38 @@ def dequantising_arguments(
     if "generation_config" not in kwargs and (folder / "generation_config.json").exists():
         kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
     return None, kwargs, folder
+
+
+def side_folder(name: Any, arguments: dict[str, Any]) -> Path | None:
+    """The folder with what lies beside the weights of a plain checkpoint; from the Hub, those files are downloaded.
+
+    They are a few megabytes, and only rank 0, which writes them again, asks for them.
+
+    Args:
+        arguments: of `from_pretrained`, for a checkpoint that has just been loaded.
+
+    Returns:
+        None for weights that came from elsewhere, on other ranks, and, with a line in the log, where the files cannot
+        be had.
+    """
+    if name is None or arguments.get("state_dict") is not None or arguments.get("gguf_file"):
+        return None
+    local = Path(name) / arguments.get("subfolder", "")
+    if local.is_dir():
+        return local if (local / "config.json").exists() else None
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return None
+    where = {key: arguments[key] for key in _WHERE_ARGUMENTS if key in arguments}
+    try:
+        return checkpoint_folder(name, without_weights=True, **where)
+    except OSError as error:  # of the client and of the network alike
+        logger.warning(
+            "The files beside the weights of %s could not be read (%s): a model saved from it will have no tokenizer "
+            "and a config.json that is written anew.",
+            name,
+            error,
+        )
+        return None
 
 
 def record_source(model: Any, name: Any, folder: Path) -> None:
@@ -70,13 +106,16 @@ def refuse_ignored_scales(name: Any, unexpected: Iterable[str]) -> None:
         )
 
 
-def checkpoint_folder(name: Any, subfolder: str = "", proxies: Any = None, **download: Any) -> Path:
+def checkpoint_folder(
+    name: Any, subfolder: str = "", proxies: Any = None, without_weights: bool = False, **download: Any
+) -> Path:
     """The local folder of a checkpoint, downloaded from the Hub if `name` is no folder here."""
     folder = Path(name)
     if not folder.is_dir():
         # Copies in other layouts lie in folders of their own, `original/` in GPT-OSS.
         pattern = f"{subfolder}/*" if subfolder else "*"
-        ignored = ["*.bin", "*.pth", "*.gguf", *([] if subfolder else ["*/*"])]
+        weights = [f"*{suffix}" for suffix in NOT_CARRIED_SUFFIXES] if without_weights else ["*.bin", "*.pth", "*.gguf"]
+        ignored = [*weights, *([] if subfolder else ["*/*"])]
         folder = Path(snapshot_download(str(name), allow_patterns=pattern, ignore_patterns=ignored, **download))
     return folder / subfolder
 

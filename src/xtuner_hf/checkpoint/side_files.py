@@ -15,8 +15,11 @@ from transformers import GenerationConfig, PreTrainedConfig
 from .hub_config import to_hub_dialect, write_hub_config
 
 # Weights, and what says things of the source that are not true of a trained model.
-_NOT_CARRIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-_NOT_CARRIED = ("config.json", "generation_config.json", "README.md", "trainer_state.json")
+NOT_CARRIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+_NOT_CARRIED = (
+    *("config.json", "generation_config.json", "README.md"),
+    *("trainer_state.json", "history.jsonl", "training.png"),  # of the run that made the source
+)
 # Entries that loading and training set for themselves; they say nothing about the model.
 _RUN_TIME_KEYS = (
     "_attn_implementation",
@@ -59,7 +62,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     copied = []
     for path in sorted(source.iterdir()):
         is_carried = path.is_file() and path.name not in _NOT_CARRIED and not path.name.startswith(".")
-        if is_carried and not path.name.endswith(_NOT_CARRIED_SUFFIXES) and not (target / path.name).exists():
+        if is_carried and not path.name.endswith(NOT_CARRIED_SUFFIXES) and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)  # follows the links of the Hub's cache
             copied.append(path.name)
     return copied

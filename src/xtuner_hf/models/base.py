@@ -13,7 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .._compat import WeightConverter, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from ..checkpoint.dequantise_on_load import dequantising_arguments, record_source, refuse_ignored_scales
+from ..checkpoint.dequantise_on_load import (
+    dequantising_arguments,
+    record_source,
+    refuse_ignored_scales,
+    side_folder,
+)
 from ..checkpoint.side_files import write_side_files
 from ..memory.recompute import LayerCheckpoint
 from ..moe.experts import implementation_name
@@ -54,8 +59,8 @@ class HubModelMixin(_Base):
     Attributes:
         loaded_from: the checkpoint that the weights were read from: the absolute path of a folder, or a name on the
             Hub; None if they started random.
-        source_folder: the folder on this machine with the files beside those weights (a copy of the Hub's for a
-            quantised checkpoint); None if there is none.
+        source_folder: the folder on this machine with the files beside those weights, a copy of the Hub's for one
+            that was loaded by name; None if there is none, and on ranks that do not write.
         export_dtype: what `save_pretrained` and `push_to_hub` write floating-point weights as; None writes each in
             its own dtype, as transformers does. Parameters that are fp32 in every published checkpoint of the family
             stay fp32.
@@ -85,6 +90,7 @@ class HubModelMixin(_Base):
         # Tensors of another shape would be an error of transformers' own, which names none of them.
         allow_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         with fail_together(sharded=kwargs.get("distributed_config") is not None):
+            arguments = kwargs
             name, kwargs, source_folder = dequantising_arguments(cls, pretrained_model_name_or_path, kwargs)
             loaded: Any = super().from_pretrained(
                 name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -93,6 +99,7 @@ class HubModelMixin(_Base):
             other_shapes = set() if allow_other_shapes else info["mismatched_keys"]
             _refuse_incomplete(model, pretrained_model_name_or_path, info["missing_keys"], other_shapes)
             refuse_ignored_scales(pretrained_model_name_or_path, info["unexpected_keys"])
+        source_folder = source_folder or side_folder(pretrained_model_name_or_path, arguments)
         if source_folder is not None:
             record_source(model, pretrained_model_name_or_path, source_folder)
         source = Path(pretrained_model_name_or_path)
