@@ -1,4 +1,4 @@
-"""Every MoE family in tiny: configuration, transformers' class and ours, and the same weights in both.
+"""Every family in tiny: configuration, transformers' class and ours, and the same weights in both.
 
 Values are chosen so that each corner is alive: windows shorter than the rows, clamps that are hit, groups that mask,
 head sizes that differ, a YaRN ramp that is fractional (GPT-OSS) or degenerate (Kimi K2), positions beyond the original
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DeepseekV3Config, Glm4MoeConfig, GptOssConfig, PreTrainedConfig, PreTrainedModel
+from transformers import DeepseekV3Config, Glm4MoeConfig, GptOssConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from tests.tiny import build, moe_config
+from tests.tiny import build, dense_config, moe_config
 from xtuner_hf.models.auto import causal_lm_class
 from xtuner_hf.models.kimi_k2.configuration import KimiK2Config
 
@@ -132,6 +132,12 @@ def glm_config(**changes) -> Glm4MoeConfig:
     return Glm4MoeConfig(**(values | changes))
 
 
+def qwen3_config(**changes) -> Qwen3Config:
+    """Dense; the second of its layers has a window."""
+    window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    return dense_config(**(window | {"eos_token_id": 1, "pad_token_id": 0} | changes))
+
+
 @dataclass(frozen=True)
 class Family:
     """One family in tiny."""
@@ -180,6 +186,8 @@ FAMILIES = {
     "kimi_k2": Family(kimi_config, transformers.DeepseekV3ForCausalLM),
     "glm4_moe": Family(glm_config, transformers.Glm4MoeForCausalLM),
 }
+"""Those with experts."""
+ALL_FAMILIES = FAMILIES | {"qwen3": Family(qwen3_config, transformers.Qwen3ForCausalLM)}
 
 
 def tokens(batch: int = 2, length: int = 24, seed: int = 5) -> torch.Tensor:
