@@ -68,13 +68,16 @@ def models() -> dict:
     }
 
 
-def train_and_save(folder: str, kind: str, model: str, ep_size: int = 1) -> dict[str, torch.Tensor]:
-    """Train two steps and save in every way.
+def train_and_save(folder: str, runs: dict[str, dict]) -> dict[str, dict[str, torch.Tensor]]:
+    """Train two steps and save in every way, run by run (processes are slow to start); returns the trained tensors.
 
     Args:
-        model: one of `models()`, or a checkpoint's folder.
+        runs: sub-folder -> kind of trainer, ep_size, and model: one of `models()`, or a checkpoint's folder.
     """
-    output = Path(folder) / "run"
+    return {name: _train_and_save(Path(folder) / name, **run) for name, run in runs.items()}
+
+
+def _train_and_save(output: Path, kind: str, model: str, ep_size: int = 1) -> dict[str, torch.Tensor]:
     start = models()[model]() if model in models() else model
     trainer = make_trainer(kind, start, str(output), ep_size=ep_size, save_only_model=True)
     trainer.train()

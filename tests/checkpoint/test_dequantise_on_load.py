@@ -1,6 +1,7 @@
 """Official-format folders load into our classes: equal to the values they stand for, and to stock transformers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.checkpoint.families import (
     write_case,
 )
 from tests.checkpoint.official import INT4_CONFIG, write_official
+from tests.checkpoint.test_hub_source import change
 from tests.ranks import run_on_ranks
 from tests.tiny import moe_config
 from xtuner_hf import AutoModelForCausalLM, Qwen3MoeForCausalLM
@@ -140,6 +142,24 @@ def test_unknown_format_before_any_model_is_built(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(CheckpointFormatError, match="has quant_method 'awq'; xtuner_hf reads fp8, mxfp4, compressed-t"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_missing_scale_before_any_model_is_built(tmp_path):
+    write_case(tmp_path, "kimi_k2")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"
+    change(tmp_path, lambda stored: stored.pop(name))
+    with pytest.raises(CheckpointFormatError, match=rf"needs the tensor {re.escape(name)} to be dequantised, and "):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_config_without_the_method_of_its_router(tmp_path):
+    """As transformers writes it."""
+    write_case(tmp_path, "deepseek_v3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["topk_method"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.topk_method of this deepseek_v3 is None, expected 'noaux_tc'"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -84,22 +84,33 @@ def save_alone(model: str, state: dict, folder: Path, export_dtype: torch.dtype 
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "model", "ep_size"),
-    [
-        pytest.param("MoETrainer", "moe", 1, id="fsdp"),
-        pytest.param("MoESFTTrainer", "moe", 2, id="ep, SFT"),
-        pytest.param("MoETrainer", "tied", 1, id="tied"),
-    ],
-)
-def test_a_sharded_run_saves_what_one_process_would(kind, model, ep_size, tmp_path):
-    states = run_on_ranks(
-        "tests.checkpoint.runs:train_and_save", 2, folder=str(tmp_path), kind=kind, model=model, ep_size=ep_size
-    )
-    saved, alone = tmp_path / "run", save_alone(model, states[0], tmp_path / "alone")
+RUNS = {
+    "fsdp": {"kind": "MoETrainer", "model": "moe"},
+    "ep, SFT": {"kind": "MoESFTTrainer", "model": "moe", "ep_size": 2},
+    "tied": {"kind": "MoETrainer", "model": "tied"},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    """Runs on two ranks, one of them from a published checkpoint: their folders, and what they trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    source = folder / "published"
+    config = transformers.Qwen3MoeConfig(**PUBLISHED_CONFIG)
+    build(transformers.Qwen3MoeForCausalLM, config, dtype=torch.bfloat16).save_pretrained(source)
+    (source / "config.json").write_text(json.dumps(PUBLISHED_CONFIG))
+    (source / "generation_config.json").write_text(json.dumps(PUBLISHED_GENERATION_CONFIG))
+    runs = RUNS | {"from published": {"kind": "MoESFTTrainer", "model": str(source)}}
+    return folder, run_on_ranks("tests.checkpoint.runs:train_and_save", 2, folder=str(folder), runs=runs)[0]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_sharded_run_saves_what_one_process_would(run, trained, tmp_path):
+    model, saved, state = RUNS[run]["model"], trained[0] / run, trained[1][run]
+    alone = save_alone(model, state, tmp_path / "alone")
     assert_same_tensors(saved, alone)
     assert_same_tensors(saved / "checkpoint-2", alone)
-    assert_same_tensors(saved / "bf16", save_alone(model, states[0], tmp_path / "alone_bf16", torch.bfloat16))
+    assert_same_tensors(saved / "bf16", save_alone(model, state, tmp_path / "alone_bf16", torch.bfloat16))
     assert read(saved / "bf16" / "config.json")["torch_dtype"] == "bfloat16"
     for folder in (saved, saved / "checkpoint-2"):
         assert read(folder / "config.json") == read(alone / "config.json")
@@ -111,8 +122,8 @@ def test_a_sharded_run_saves_what_one_process_would(kind, model, ep_size, tmp_pa
 
     # The trained weights are not those of the start, and stock transformers computes the same with them.
     start = models()[model]()
-    assert any(not torch.equal(tensor, states[0][name]) for name, tensor in start.state_dict().items())
-    start.load_state_dict(states[0])
+    assert any(not torch.equal(tensor, state[name]) for name, tensor in start.state_dict().items())
+    start.load_state_dict(state)
     stock = transformers.AutoModelForCausalLM.from_pretrained(saved)
     assert type(stock).__module__.startswith("transformers.")
     tokens = torch.randint(2, 128, (2, 15), generator=torch.Generator().manual_seed(2))
@@ -122,22 +133,15 @@ def test_a_sharded_run_saves_what_one_process_would(kind, model, ep_size, tmp_pa
     assert (stock(tokens).logits - start.eval()(tokens).logits).abs().max() < 1e-5
 
 
-def test_a_trained_checkpoint_s_config_is_the_one_that_it_came_from(tmp_path):
-    source = tmp_path / "published"
-    config = transformers.Qwen3MoeConfig(**PUBLISHED_CONFIG)
-    build(transformers.Qwen3MoeForCausalLM, config, dtype=torch.bfloat16).save_pretrained(source)
-    (source / "config.json").write_text(json.dumps(PUBLISHED_CONFIG))
-    (source / "generation_config.json").write_text(json.dumps(PUBLISHED_GENERATION_CONFIG))
-    run_on_ranks(
-        "tests.checkpoint.runs:train_and_save", 2, folder=str(tmp_path), kind="MoESFTTrainer", model=str(source)
-    )
+def test_a_trained_checkpoint_s_config_is_the_one_that_it_came_from(trained):
+    source, saved = trained[0] / "published", trained[0] / "from published"
     tokenizer = {"pad_token_id": 0}  # transformers' trainer writes the tokenizer's into both files
-    assert read(tmp_path / "run" / "bf16" / "config.json") == PUBLISHED_CONFIG | tokenizer
+    assert read(saved / "bf16" / "config.json") == PUBLISHED_CONFIG | tokenizer
     # fp32 master weights, said so
-    assert read(tmp_path / "run" / "config.json")["torch_dtype"] == "float32"
-    found = read(tmp_path / "run" / "bf16" / "generation_config.json")
+    assert read(saved / "config.json")["torch_dtype"] == "float32"
+    found = read(saved / "bf16" / "generation_config.json")
     assert found == PUBLISHED_GENERATION_CONFIG | tokenizer
-    published, exported = (load_file(path / "model.safetensors") for path in (source, tmp_path / "run" / "bf16"))
+    published, exported = (load_file(path / "model.safetensors") for path in (source, saved / "bf16"))
     assert {name: t.dtype for name, t in exported.items()} == {name: t.dtype for name, t in published.items()}
 
 
