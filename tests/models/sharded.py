@@ -1,4 +1,4 @@
-"""Runs on ranks: load every family sharded, compute one step's loss and gradients, save again."""
+"""Runs on ranks: load every family sharded, compute one step's loss, gradients and FLOPs, save again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tests.families import tokens
 from tests.trainers.scenario import full
 from xtuner_hf import AutoModelForCausalLM
+from xtuner_hf.models.flops import TrainingFlops
 from xtuner_hf.parallel.layout import ParallelLayout
 from xtuner_hf.parallel.shard import sum_gradients
 
@@ -46,5 +47,5 @@ def run(folder: str, ep_size: int, cases: dict[str, dict]) -> dict[str, tuple]:
         loss, grads = loss_and_grads(model, slice(rank * share, (rank + 1) * share))
         dist.all_reduce(loss)
         model.save_pretrained(Path(folder) / f"{name}-saved")
-        results[name] = (loss.item(), grads)
+        results[name] = (loss.item(), grads, TrainingFlops.of_model(model))
     return results

@@ -10,6 +10,7 @@ from tests.families import ALL_FAMILIES, FAMILIES
 from tests.models.sharded import loss_and_grads
 from tests.ranks import run_on_ranks
 from xtuner_hf import AutoModelForCausalLM
+from xtuner_hf.models.flops import TrainingFlops
 
 # Name -> (family, changes to its configuration, arguments of from_pretrained).
 CASES = {name: (name, {}, {}) for name in ALL_FAMILIES} | {
@@ -34,7 +35,8 @@ def test_two_processes_equal_one(ep_size, checkpoints):
         whole = AutoModelForCausalLM.from_pretrained(checkpoints / case, **keywords)
         expected_loss, expected = loss_and_grads(whole, slice(None))
         for result in results:
-            loss, grads = result[case]
+            loss, grads, flops = result[case]
+            assert flops == TrainingFlops.of_model(whole), case
             assert loss == pytest.approx(expected_loss.item(), rel=2e-6), case
             assert grads.keys() == expected.keys()
             for name, grad in expected.items():

@@ -1,4 +1,4 @@
-"""FLOPs of training against counts written out, against torch's own counter, and under sharding."""
+"""FLOPs of training against counts written out, against torch's own counter; sharded ones in test_families_sharded.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig
 
 from tests.families import deepseek_config, gpt_oss_config
-from tests.ranks import run_on_ranks
+from tests.models import published
 from tests.tiny import build, dense_config, moe_config
-from xtuner_hf import DeepseekV3ForCausalLM, GptOssForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from xtuner_hf import (
+    AutoModelForCausalLM,
+    DeepseekV3ForCausalLM,
+    GptOssForCausalLM,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 from xtuner_hf.models.flops import TrainingFlops
+from xtuner_hf.models.manifest import meta_model
 
 
 @pytest.mark.parametrize(("length", "gflops"), [(4096, 23.01), (16384, 37.50), (65536, 95.48)])
@@ -67,18 +74,28 @@ def test_frozen_weights_have_no_gradient_to_compute():
     assert frozen.per_squared_length == full.per_squared_length
 
 
-def flops_of_sharded_model(ep_size: int) -> tuple[float, float]:
-    from xtuner_hf.parallel.layout import ParallelLayout
-    from xtuner_hf.parallel.shard import shard_model
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        # Active parameters without embedding, norms, routers, biases and sinks.
+        (published.gpt_oss(24, 32), 24 * (2880 * 9216 + 4 * 3 * 2880**2) + 2880 * 201088),
+        (published.glm4_moe(), 45 * 9 * 3 * 4096 * 1408 + 3 * 4096 * 10944 + 46 * 2 * 4096 * 104 * 128 + 4096 * 151552),
+    ],
+)
+def test_experts_of_every_layout_are_counted(config, parameters):
+    """GPT-OSS's are transformers' own module, stored transposed."""
+    flops = TrainingFlops.of_model(meta_model(config))
+    windowed = 12 * 6 * 64 * 128 * 128 if config.model_type == "gpt_oss" else 0
+    assert flops.per_token == 6 * parameters + windowed
 
-    torch.distributed.init_process_group("gloo")
-    layout = ParallelLayout(world_size=2, ranks_per_node=2, ep_size=ep_size)
-    model = shard_model(build(Qwen3MoeForCausalLM, moe_config()), layout.distributed_config())
-    flops = TrainingFlops.of_model(model)
-    return flops.per_token, flops.per_squared_length
 
-
-def test_sharding_does_not_change_the_count():
-    expected = TrainingFlops.of_model(build(Qwen3MoeForCausalLM, moe_config()))
-    for found in run_on_ranks("tests.models.test_flops:flops_of_sharded_model", 2, ep_size=2):
-        assert found == (expected.per_token, expected.per_squared_length)
+def test_multi_token_prediction_counts_where_it_is_trained():
+    config = deepseek_config(num_nextn_predict_layers=1)
+    without, kept, trained = (
+        TrainingFlops.of_model(AutoModelForCausalLM.from_config(config, mtp_loss_coef=coef)) for coef in (None, 0, 0.3)
+    )
+    assert kept == without
+    deeper = TrainingFlops.of_model(AutoModelForCausalLM.from_config(deepseek_config(num_hidden_layers=4)))
+    joined_and_head = 6 * (2 * 64 * 64 + 64 * 128)
+    assert trained.per_token == deeper.per_token + joined_and_head
+    assert trained.per_squared_length == deeper.per_squared_length

@@ -7,13 +7,16 @@ token at 4,096 tokens, forward and backward.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..moe.experts import GroupedExperts
+from .head import LMHead
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 FORWARD, BACKWARD_TO_INPUT, BACKWARD_TO_WEIGHT = 2, 2, 2  # FLOPs per multiply-add
 
@@ -33,8 +36,9 @@ class TrainingFlops:
     @classmethod
     def of_model(cls, model: nn.Module) -> TrainingFlops:
         """Count a model, sharded or on the meta device as well."""
-        windowed, full = _attention_flops(_text_config(model))
-        return cls(_matrix_flops_per_token(model) + windowed, full)
+        depths = _trained_depths(model)
+        windowed, full = _attention_flops(_text_config(model), further_layers=depths)
+        return cls(_matrix_flops_per_token(model, depths) + windowed, full)
 
     def __call__(self, num_tokens: float, squared_lengths: float) -> float:
         """FLOPs of a batch.
@@ -51,16 +55,24 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config()
 
 
-def _matrix_flops_per_token(model: nn.Module) -> float:
-    total = 0.0
-    for module in model.modules():
+def _trained_depths(model: Any) -> int:
+    """Multi-token prediction layers that training runs; a model may hold some that it does not."""
+    return model.num_mtp_layers if getattr(model, "mtp_loss_coef", None) else 0
+
+
+def _matrix_flops_per_token(model: nn.Module, depths: int) -> float:
+    config, total = _text_config(model), 0.0
+    for name, module in model.named_modules():
+        layer = _LAYER.search(name)
+        if layer and int(layer[1]) >= config.num_hidden_layers + depths:
+            continue
         if isinstance(module, nn.Linear):
-            total += _flops(module.weight)
-        elif isinstance(module, GroupedExperts):
-            top_k = _text_config(model).num_experts_per_tok
+            # Each depth of multi-token prediction goes through the head once more.
+            total += _flops(module.weight) * (1 + depths if isinstance(module, LMHead) else 1)
+        elif hasattr(module, "num_experts") and hasattr(module, "down_proj"):
             weights_EXX = [parameter for parameter in module.parameters() if parameter.dim() == 3]
             # Not `module.num_experts`: under expert parallelism that is the number on this rank.
-            total += sum(_flops(weight) * top_k / weight.shape[0] for weight in weights_EXX)
+            total += sum(_flops(weight) * config.num_experts_per_tok / weight.shape[0] for weight in weights_EXX)
     return total
 
 
@@ -70,7 +82,7 @@ def _flops(weight: torch.Tensor) -> float:
     return weight.numel() * (FORWARD + backward)
 
 
-def _attention_flops(config: Any) -> tuple[float, float]:
+def _attention_flops(config: Any, further_layers: int = 0) -> tuple[float, float]:
     """(per token, per squared document length): a layer with a sliding window meets at most its keys, at any length.
 
     Queries times keys and probabilities times values: one product of each kind forward and two backward, over half of
@@ -83,5 +95,5 @@ def _attention_flops(config: Any) -> tuple[float, float]:
     window = getattr(config, "sliding_window", None) or 0
     layer_types = getattr(config, "layer_types", None) or []
     num_windowed = sum(kind == "sliding_attention" for kind in layer_types) if window else 0
-    num_full = config.num_hidden_layers - num_windowed
+    num_full = config.num_hidden_layers - num_windowed + further_layers
     return num_windowed * per_pair * window, num_full * per_pair / 2
