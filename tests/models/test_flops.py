@@ -1,4 +1,4 @@
-"""FLOPs of training against counts written out, against torch's own counter; sharded ones in test_families_sharded.py."""
+"""FLOPs of training against counts written out and torch's own counter; test_families_sharded.py has sharded models."""
 
 from __future__ import annotations
 
