@@ -10,6 +10,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, Trainer
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.utils import PushToHubMixin
@@ -113,6 +114,20 @@ def test_flash_attention_for_cpu():
     assert lse.shape == (1, 2, 3)
     grads = _compat.cpu_flash_attention_backward(output, query, query, query, output, lse, None, 1.0)
     assert [grad.shape for grad in grads] == [query.shape] * 3
+
+
+def test_flash_attention_for_cuda():
+    """By name, and torch's own by their declarations; nothing runs here."""
+    names = parameters(_flash_attention_forward)
+    assert names[:6] == ["query_states", "key_states", "value_states", "attention_mask", "query_length", "is_causal"]
+    for name in ("softmax_scale", "sliding_window", "cu_seq_lens_q", "max_length_q", "attn_implementation"):
+        assert name in names
+    forward, backward = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+    shared = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    names = [argument.name for argument in forward.default._schema.arguments]
+    assert names[:10] == ["query", "key", "value", *shared, "return_debug_mask"]
+    names = [argument.name for argument in backward.default._schema.arguments]
+    assert names[:14] == ["grad_out", "query", "key", "value", "out", "logsumexp", *shared, "rng_state", "unused"]
 
 
 def test_conversion_operations():

@@ -29,6 +29,13 @@ class LMHead(nn.Linear):
         return chunked_cross_entropy(hidden_TH, self.weight, self.bias, labels_BS.reshape(-1))
 
 
+def shift_left(tensor_BS: torch.Tensor, distance: int, value: float = 0) -> torch.Tensor:
+    """Position i gets what stood at i + distance along dimension 1; `value` behind the end."""
+    shifted = torch.full_like(tensor_BS, value)
+    shifted[:, : max(tensor_BS.shape[1] - distance, 0)] = tensor_BS[:, distance:]
+    return shifted
+
+
 class ChunkedLossMixin:
     """Adds `chunked_loss=True` to a causal language model's forward; without it the parent's forward runs."""
 
@@ -61,7 +68,13 @@ class ChunkedLossMixin:
     def chunked_output(
         self, trunk_outputs: Any, labels_BS: torch.Tensor, num_items: torch.Tensor | int, inputs: dict[str, Any]
     ) -> CausalLMOutputWithPast:
-        """The loss from the trunk's outputs; `inputs` is what the trunk was called with."""
-        next_labels_BS = nn.functional.pad(labels_BS[:, 1:], (0, 1), value=IGNORE_INDEX)
+        """The loss from the trunk's outputs; `inputs` is what the trunk was called with.
+
+        With a `sequence` among the inputs, the labels are those of the whole rows and the loss is this rank's share.
+        """
+        next_labels_BS = shift_left(labels_BS, 1, IGNORE_INDEX)
+        sequence = inputs.get("sequence")
+        if sequence is not None:
+            next_labels_BS = sequence.take(next_labels_BS)
         total = self.lm_head(trunk_outputs.last_hidden_state, next_labels_BS)
         return CausalLMOutputWithPast(loss=total / num_items)
