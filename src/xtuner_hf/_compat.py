@@ -6,8 +6,11 @@ or changes its signature.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +58,7 @@ __all__ = [
     "add_fused_lm_head",
     "apply_expert_parallelism",
     "apply_fully_sharded_data_parallelism",
+    "batches_dealt_to",
     "compute_local_shape_and_global_offset",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
@@ -163,6 +167,39 @@ def flash_attention_by_name(
         attn_implementation=name,
         s_aux=sinks,
     )[0]
+
+
+class _Axes:
+    """What accelerate asks a mesh in order to deal batches out: its axes and their sizes."""
+
+    def __init__(self, **sizes: int):
+        self.sizes = sizes
+        self.mesh_dim_names = tuple(sizes)
+
+    def __getitem__(self, name: str) -> _Axes:
+        return _Axes(**{name: self.sizes[name]})
+
+    def size(self) -> int:
+        return math.prod(self.sizes.values())
+
+
+@contextlib.contextmanager
+def batches_dealt_to(accelerator: Any, num_groups: int, group_size: int) -> Iterator[None]:
+    """Data loaders that accelerate prepares in here give all ranks of a group the same batches.
+
+    It does so for context parallelism, by a mesh that it would also shard parameters by.
+
+    Args:
+        num_groups: of neighbouring ranks, `group_size` each.
+    """
+    state, config = accelerator.state, accelerator.dataloader_config
+    mesh, dispatches = state.device_mesh, config.dispatch_batches
+    # Batches that rank 0 hands out know of no groups.
+    state.device_mesh, config.dispatch_batches = _Axes(dp_shard=num_groups, cp=group_size), False
+    try:
+        yield
+    finally:
+        state.device_mesh, config.dispatch_batches = mesh, dispatches
 
 
 def launched_with_fsdp() -> bool:

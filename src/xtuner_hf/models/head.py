@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..memory.chunked_loss import IGNORE_INDEX, chunked_cross_entropy
+from ..moe.tokens import shift_left
 
 
 class LMHead(nn.Linear):
@@ -27,13 +28,6 @@ class LMHead(nn.Linear):
             return super().forward(hidden_BSH)
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
         return chunked_cross_entropy(hidden_TH, self.weight, self.bias, labels_BS.reshape(-1))
-
-
-def shift_left(tensor_BS: torch.Tensor, distance: int, value: float = 0) -> torch.Tensor:
-    """Position i gets what stood at i + distance along dimension 1; `value` behind the end."""
-    shifted = torch.full_like(tensor_BS, value)
-    shifted[:, : max(tensor_BS.shape[1] - distance, 0)] = tensor_BS[:, distance:]
-    return shifted
 
 
 class ChunkedLossMixin:

@@ -32,8 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutput
 
 from .._compat import ConversionOps, WeightConverter
 from ..memory.chunked_loss import IGNORE_INDEX
-from ..moe.tokens import TokenLayout
-from .head import shift_left
+from ..moe.tokens import TokenLayout, shift_left
 from .moe_model import MoECausalLMMixin, MoEDecoderLayer, MoEModelMixin
 
 # A mixin: the layer that it stands in front of is its base for the type checker alone.

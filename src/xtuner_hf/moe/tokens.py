@@ -107,3 +107,10 @@ class TokenLayout:
         """[3] int64: real tokens, documents with at least one of them, and the sum of squared document lengths."""
         lengths = self.length_D
         return torch.stack([lengths.sum(), (lengths > 0).sum(), (lengths * lengths).sum()])
+
+
+def shift_left(tensor_BS: torch.Tensor, distance: int, value: float = 0) -> torch.Tensor:
+    """Position i gets what stood at i + distance along dimension 1; `value` behind the end."""
+    shifted = torch.full_like(tensor_BS, value)
+    shifted[:, : max(tensor_BS.shape[1] - distance, 0)] = tensor_BS[:, distance:]
+    return shifted

@@ -1,0 +1,91 @@
+"""The part of our trainers for sequences that several ranks share: batches, counts and refusals.
+
+_get_dataloader    the ranks of a group get the same batches
+shared(model)      what a loss is computed with: each rank has its positions (parallel/sequence.py)
+get_cp_size        transformers' own word for how many ranks have the same batch: it divides what it counts
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from .._compat import batches_dealt_to
+from ..attention.ulysses import SequenceRanks
+from ..parallel.sequence import SequenceParallelModel, sequence_ranks
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SequenceParallelMixin(_Base):
+    """Stands in front of a `Trainer` class in the bases of a trainer; with `sp_size` 1 it does nothing."""
+
+    args: Any
+    model: Any
+    _ranks: SequenceRanks | None = None
+
+    def __init__(self, model: Any = None, args: Any = None, *positional: Any, **keywords: Any):
+        if args.sp_size > 1:
+            _check_losses(args, keywords)
+        super().__init__(model, args, *positional, **keywords)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.sp_size > 1:
+            self._ranks = sequence_ranks(self.args.parallel_layout, self.args.device.type)
+
+    def get_cp_size(self) -> int:
+        return self.args.sp_size
+
+    def shared(self, model: Any) -> Any:
+        """The model as losses are computed with it."""
+        return model if self._ranks is None else SequenceParallelModel(model, self._ranks)
+
+    def sum_over_batches(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of what each computed of its batch; each batch counts once."""
+        total = self.accelerator.reduce(tensor, reduction="sum")
+        return total // self.args.sp_size if total.dtype == torch.int64 else total / self.args.sp_size
+
+    def _get_dataloader(self, *positional: Any, **keywords: Any):
+        if self._ranks is None:
+            return super()._get_dataloader(*positional, **keywords)
+        layout = self.args.parallel_layout
+        with batches_dealt_to(self.accelerator, layout.data_size, layout.sp_size):
+            return super()._get_dataloader(*positional, **keywords)
+
+    def evaluation_loop(self, *positional: Any, **keywords: Any):
+        if self._ranks is not None:
+            self.gather_function = self._gather_of_batches
+        return super().evaluation_loop(*positional, **keywords)
+
+    def _gather_of_batches(self, losses: torch.Tensor) -> torch.Tensor:
+        """Accelerate's `gather_for_metrics` with each batch once."""
+        everywhere = self.accelerator.gather(losses)
+        once = everywhere.unflatten(0, (-1, self.args.sp_size, len(losses)))[:, 0].flatten()
+        state = self.accelerator.gradient_state
+        return once[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else once
+
+
+def _check_losses(args: Any, keywords: dict[str, Any]) -> None:
+    """Refuse what needs full logits or deals out batches by itself."""
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if keywords.get(name) is not None:
+            raise ValueError(
+                f"{name} gets the logits of whole rows, and with sp_size {args.sp_size} no rank has them: leave it "
+                "out, or set sp_size to 1."
+            )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, whose loss needs the logits of whole rows, and "
+            f"with sp_size {args.sp_size} no rank has them: set the one to 0, or the other to 1."
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' gives every rank batches of its own, and sp_size is "
+            f"{args.sp_size}: use balance_batches=True, which knows groups of ranks."
+        )
