@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from .documents import Documents
 
@@ -41,6 +42,13 @@ class SequenceRanks:
         total = tensor.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+    def from_first(self, value: Any, device: torch.device) -> Any:
+        """The first rank's value of anything that can be pickled, tensors in it on `device`."""
+        # A pickled tensor of another rank's device would be read back there.
+        shared = [tree_map_only(torch.Tensor, torch.Tensor.cpu, value)]
+        dist.broadcast_object_list(shared, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), shared[0])
 
 
 @dataclass(eq=False)

@@ -177,7 +177,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model = self.shared(model)
         if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         with contextlib.nullcontext() if self._counted else self._balance.recording():
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._balance.config.aux_loss_coef:
@@ -186,6 +186,14 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
         # The parent expects gradients to be averaged over ranks and multiplies by their number; here they are summed.
         loss = self._balance.watch(loss / self.accelerator.num_processes)
         return (loss, *outputs) if return_outputs else loss
+
+    def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices or self.args.sp_size == 1:
+            return result
+        # The parent expects the mean over ranks and multiplies by their number; only one in `sp_size` has a batch.
+        loss, *outputs = result if return_outputs else (result,)
+        return (loss / self.args.sp_size, *outputs) if return_outputs else loss / self.args.sp_size
 
     # ---- a run ----
 

@@ -31,7 +31,7 @@ class SequenceParallelMixin(_Base):
 
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, **keywords: Any):
         if args.sp_size > 1:
-            _check_losses(args, keywords)
+            check_losses(args, keywords)
         super().__init__(model, args, *positional, **keywords)
 
     def create_accelerator_and_postprocess(self):
@@ -44,7 +44,13 @@ class SequenceParallelMixin(_Base):
 
     def shared(self, model: Any) -> Any:
         """The model as losses are computed with it."""
-        return model if self._ranks is None else SequenceParallelModel(model, self._ranks)
+        if self._ranks is None or isinstance(model, SequenceParallelModel):
+            return model
+        return SequenceParallelModel(model, self._ranks)
+
+    def from_first_rank(self, value: Any) -> Any:
+        """The value of the first of the ranks that share a batch."""
+        return value if self._ranks is None else self._ranks.from_first(value, self.accelerator.device)
 
     def sum_over_batches(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks of what each computed of its batch; each batch counts once."""
@@ -71,7 +77,7 @@ class SequenceParallelMixin(_Base):
         return once[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else once
 
 
-def _check_losses(args: Any, keywords: dict[str, Any]) -> None:
+def check_losses(args: Any, keywords: dict[str, Any]) -> None:
     """Refuse what needs full logits or deals out batches by itself."""
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if keywords.get(name) is not None:
@@ -83,6 +89,11 @@ def _check_losses(args: Any, keywords: dict[str, Any]) -> None:
         raise ValueError(
             f"label_smoothing_factor is {args.label_smoothing_factor}, whose loss needs the logits of whole rows, and "
             f"with sp_size {args.sp_size} no rank has them: set the one to 0, or the other to 1."
+        )
+    if getattr(args, "router_replay", None) is not None:
+        raise ValueError(
+            f"router_replay is {args.router_replay!r} and sp_size {args.sp_size}: routes of whole sequences are not "
+            "shared between ranks yet. Set the one to None, or the other to 1."
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
