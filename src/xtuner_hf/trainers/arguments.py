@@ -45,6 +45,15 @@ class MoEArguments:
         default=False,
         metadata={"help": "Allow ranks of several nodes to share a sequence, which is slow; else an error."},
     )
+    balance_batches: bool = field(
+        default=False,
+        metadata={
+            "help": "Deal the rows of an optimizer step out to ranks and accumulation steps by equal work (FLOPs of "
+            "attention and of matrix products) instead of equal numbers: ranks wait for the slowest. Loss and "
+            "gradients stay the same. For rows of 'input_ids' of unequal length, or packed ones with few long "
+            "documents; needs several rows a rank and optimizer step, and a data set with a length."
+        },
+    )
     dp_replicate_size: int = field(
         default=1,
         metadata={

@@ -72,6 +72,8 @@ class MoEGRPOConfig(MoEArguments, GRPOConfig):
     )
 
     def __post_init__(self):
+        if self.balance_batches:
+            raise ValueError("balance_batches would take the answers to a prompt apart: leave it False.")
         is_given = self.generation_batch_size is not None
         super().__post_init__()
         if self.sp_size > 1:

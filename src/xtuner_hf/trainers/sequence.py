@@ -10,10 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from .._compat import batches_dealt_to
 from ..attention.ulysses import SequenceRanks
+from ..data.balance import EqualWorkSampler
+from ..models.flops import TrainingFlops
 from ..parallel.sequence import SequenceParallelModel, sequence_ranks
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ class SequenceParallelMixin(_Base):
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, **keywords: Any):
         if args.sp_size > 1:
             check_losses(args, keywords)
+        if args.balance_batches and isinstance(keywords.get("train_dataset"), IterableDataset):
+            raise ValueError(
+                "balance_batches weighs rows before they are read, and train_dataset is a stream: set it False."
+            )
         super().__init__(model, args, *positional, **keywords)
 
     def create_accelerator_and_postprocess(self):
@@ -64,6 +71,23 @@ class SequenceParallelMixin(_Base):
         with batches_dealt_to(self.accelerator, layout.data_size, layout.sp_size):
             return super()._get_dataloader(*positional, **keywords)
 
+    def _get_train_sampler(self, train_dataset: Any = None):
+        if not self.args.balance_batches:
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        flops = TrainingFlops.of_model(self.model)
+        work: Any = [flops(sum(row), sum(length**2 for length in row)) for row in map(_document_lengths, rows)]
+        layout = self.args.parallel_layout
+        return EqualWorkSampler(
+            work,
+            effective_batch_size=self.get_total_train_batch_size(self.args),
+            dp_size=layout.data_size,
+            grad_accum=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index // layout.sp_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
     def evaluation_loop(self, *positional: Any, **keywords: Any):
         if self._ranks is not None:
             self.gather_function = self._gather_of_batches
@@ -75,6 +99,14 @@ class SequenceParallelMixin(_Base):
         once = everywhere.unflatten(0, (-1, self.args.sp_size, len(losses)))[:, 0].flatten()
         state = self.accelerator.gradient_state
         return once[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else once
+
+
+def _document_lengths(row: dict[str, Any]) -> list[int]:
+    if "input_ids" not in row:
+        raise ValueError(
+            f"balance_batches weighs rows by their 'input_ids', and they have {', '.join(row)}; leave it False."
+        )
+    return row.get("seq_lengths") or [len(row["input_ids"])]
 
 
 def check_losses(args: Any, keywords: dict[str, Any]) -> None:
