@@ -8,12 +8,15 @@ import inspect
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, Trainer
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.utils import PushToHubMixin
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from xtuner_hf import _compat
 
@@ -115,6 +118,20 @@ def test_flash_attention_for_cpu():
     assert [grad.shape for grad in grads] == [query.shape] * 3
 
 
+def test_flash_attention_for_cuda():
+    """By name, and torch's own by their declarations; nothing runs here."""
+    names = parameters(_flash_attention_forward)
+    assert names[:6] == ["query_states", "key_states", "value_states", "attention_mask", "query_length", "is_causal"]
+    for name in ("softmax_scale", "sliding_window", "cu_seq_lens_q", "max_length_q", "attn_implementation"):
+        assert name in names
+    forward, backward = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+    shared = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    names = [argument.name for argument in forward.default._schema.arguments]
+    assert names[:10] == ["query", "key", "value", *shared, "return_debug_mask"]
+    names = [argument.name for argument in backward.default._schema.arguments]
+    assert names[:14] == ["grad_out", "query", "key", "value", "out", "logsumexp", *shared, "rng_state", "unused"]
+
+
 def test_conversion_operations():
     assert "model" in parameters(transformers.core_model_loading.Split.convert)
     assert isinstance(inspect.getattr_static(_compat.ConversionOps, "reverse_op"), property)
@@ -211,3 +228,18 @@ def test_methods_of_parents_that_trainers_override():
         "dataset_name",
     ]
     assert parameters(Trainer._set_signature_columns_if_needed) == ["self"]
+
+
+def test_what_sequence_parallelism_leans_on():
+    """Names by which transformers, TRL and accelerate count ranks that share a batch."""
+    assert "self.get_tp_size() * self.get_cp_size()" in inspect.getsource(Trainer._get_num_items_in_batch)
+    assert "self.get_cp_size()" in inspect.getsource(Trainer.get_total_train_batch_size)
+    assert "sampler, BatchRebalanceSampler" in inspect.getsource(Trainer._get_dataloader)  # dealt out to ranks already
+    assert parameters(BatchRebalanceSampler._assign) == ["self", "indices", "lengths"]
+    assert parameters(Trainer._get_train_sampler) == ["self", "train_dataset"]
+    for trainer in (SFTTrainer, DPOTrainer):
+        assert "num_tokens_in_batch // self._tp_size" in inspect.getsource(trainer)
+    source = inspect.getsource(prepare_data_loader)
+    assert "process_index // (submesh_tp_size * submesh_cp_size)" in source
+    assert "submesh_fsdp_size * submesh_dp_size" in source
+    assert "torch_device_mesh=device_mesh" in inspect.getsource(Accelerator.prepare_data_loader)

@@ -6,8 +6,11 @@ or changes its signature.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +28,7 @@ from transformers.distributed.expert_parallel import (
 )
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.utils import TransformersDeviceMesh, initialize_distributed_mesh
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils.output_capturing import OutputRecorder
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
@@ -54,10 +58,14 @@ __all__ = [
     "add_fused_lm_head",
     "apply_expert_parallelism",
     "apply_fully_sharded_data_parallelism",
+    "batches_dealt_to",
     "compute_local_shape_and_global_offset",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
+    "cuda_flash_attention",
+    "cuda_flash_attention_backward",
     "disable_dropout_in_model",
+    "flash_attention_by_name",
     "get_checkpoint_conversion_mapping",
     "global_then_local_main_first",
     "has_generation_markers",
@@ -81,17 +89,117 @@ def __getattr__(name: str) -> object:
 
 
 def cpu_flash_attention(query, key, value, mask, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's flash attention for CPU: output [B, N, S, D] and the log-sum-exp [B, N, S] that SDPA keeps to itself."""
+    """torch's flash attention for CPU: output [B, N, S, D] and the log-sum-exp [B, N, S] that SDPA keeps to itself.
+
+    Causal without a mask.
+    """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+        query, key, value, 0.0, mask is None, attn_mask=mask, scale=scaling
     )
 
 
 def cpu_flash_attention_backward(grad_output, query, key, value, output, lse, mask, scaling: float):
     """Gradients of query, key and value."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_output, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scaling
+        grad_output, query, key, value, output, lse, 0.0, mask is None, attn_mask=mask, scale=scaling
     )
+
+
+def cuda_flash_attention(query, key, value, mask, scaling: float, *, cu_seqlens, max_length: int, window: int | None):
+    """torch's flash attention of packed documents for CUDA, causal: output [1, N, T, D] and the log-sum-exp [1, N, T].
+
+    Args:
+        query: [1, N, T, D], `key` and `value` alike, in bf16 or fp16.
+        mask: None; the documents say it.
+        cu_seqlens: [documents + 1] int32; `max_length` is that of the longest.
+        window: keys that a query sees, its own among them.
+    """
+    output, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        *(cu_seqlens, cu_seqlens, max_length, max_length, 0.0, window is None, False),
+        scale=scaling,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )
+    return output.transpose(0, 1)[None], lse[None]
+
+
+def cuda_flash_attention_backward(
+    grad_output, query, key, value, output, lse, mask, scaling: float, *, cu_seqlens, max_length, window
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value."""
+    # Without dropout no random state is read (torch.nn.attention.varlen passes the same zeros).
+    random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        *(tensor[0].transpose(0, 1).contiguous() for tensor in (grad_output, query, key, value, output)),
+        *(lse[0].contiguous(), cu_seqlens, cu_seqlens, max_length, max_length, 0.0, window is None),
+        *(random_state, torch.empty(0, device=query.device)),
+        scale=scaling,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )
+    return dq.transpose(0, 1)[None], dk.transpose(0, 1)[None], dv.transpose(0, 1)[None]
+
+
+def flash_attention_by_name(
+    name: str, q, k, v, cu_seqlens, max_length: int, *, scaling: float, window: int | None, sinks
+) -> torch.Tensor:
+    """A flash-attn package on packed documents, causal: [T, N, D] from [T, heads, D], with heads of one size.
+
+    Args:
+        name: "flash_attention_2", "_3" or "_4".
+        window: keys that a query sees, its own among them.
+        sinks: [N] or None; transformers drops them for packages that do not know them, so do not pass them to those.
+    """
+    return _flash_attention_forward(
+        q[None],
+        k[None],
+        v[None],
+        None,
+        query_length=q.shape[0],
+        is_causal=True,
+        softmax_scale=scaling,
+        sliding_window=window,
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=max_length,
+        max_length_k=max_length,
+        attn_implementation=name,
+        s_aux=sinks,
+    )[0]
+
+
+class _Axes:
+    """What accelerate asks a mesh in order to deal batches out: its axes and their sizes."""
+
+    def __init__(self, **sizes: int):
+        self.sizes = sizes
+        self.mesh_dim_names = tuple(sizes)
+
+    def __getitem__(self, name: str) -> _Axes:
+        return _Axes(**{name: self.sizes[name]})
+
+    def size(self) -> int:
+        return math.prod(self.sizes.values())
+
+
+@contextlib.contextmanager
+def batches_dealt_to(accelerator: Any, num_groups: int, group_size: int) -> Iterator[None]:
+    """Data loaders that accelerate prepares in here give all ranks of a group the same batches.
+
+    It does so for context parallelism, by a mesh that it would also shard parameters by.
+
+    Args:
+        num_groups: of neighbouring ranks, `group_size` each.
+    """
+    state, config = accelerator.state, accelerator.dataloader_config
+    mesh, dispatches = state.device_mesh, config.dispatch_batches
+    # Batches that rank 0 hands out know of no groups.
+    state.device_mesh, config.dispatch_batches = _Axes(dp_shard=num_groups, cp=group_size), False
+    try:
+        yield
+    finally:
+        state.device_mesh, config.dispatch_batches = mesh, dispatches
 
 
 def launched_with_fsdp() -> bool:

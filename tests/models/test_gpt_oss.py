@@ -11,7 +11,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from tests.families import FAMILIES, WINDOW, gpt_oss_config, tokens
 from tests.models.published import gpt_oss
 from xtuner_hf import AutoModelForCausalLM
-from xtuner_hf.attention.sinks import SINK_ATTENTION
+from xtuner_hf.attention.varlen import VARLEN_ATTENTION
 from xtuner_hf.moe.experts import expert_weights
 
 FAMILY = FAMILIES["gpt_oss"]
@@ -77,7 +77,7 @@ def test_layers_alternate_and_a_window_hides_what_lies_before_it():
 
 def test_our_attention_is_the_default_and_transformers_own_can_be_chosen():
     ours = FAMILY.ours()
-    assert ours.config._attn_implementation == SINK_ATTENTION
+    assert ours.config._attn_implementation == VARLEN_ATTENTION
     expected = ours(tokens()).logits
     ours.set_attn_implementation("eager")
     assert (ours(tokens()).logits - expected).abs().max() < 1e-4
@@ -87,7 +87,7 @@ def test_bf16_attention_is_closer_to_fp32_than_transformers_own():
     """Their softmax runs in bf16."""
     errors = {}
     exact = FAMILY.ours()
-    for implementation in (SINK_ATTENTION, "eager"):
+    for implementation in (VARLEN_ATTENTION, "eager"):
         attention = FAMILY.ours(torch.bfloat16, attention=implementation).model.layers[0].self_attn
         reference = exact.model.layers[0].self_attn
         hidden = torch.randn(1, 40, 48, generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def test_bf16_attention_is_closer_to_fp32_than_transformers_own():
             bf16 = torch.bfloat16
             found, _ = attention(hidden.to(bf16), tuple(part.to(bf16) for part in position), mask.to(bf16))
         errors[implementation] = (found.float() - expected).square().mean().sqrt().item()
-    assert errors[SINK_ATTENTION] < errors["eager"], errors
+    assert errors[VARLEN_ATTENTION] < errors["eager"], errors
 
 
 def test_published_yarn():

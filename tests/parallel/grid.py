@@ -31,7 +31,7 @@ def run_layouts(layouts: list[dict], accelerate_fsdp: bool = False) -> list[dict
     results = []
     for layout in layouts:
         options = {"accumulation": 1, **layout}
-        batch = ROWS // options["accumulation"] // int(os.environ["WORLD_SIZE"])
+        batch = ROWS * options.get("sp_size", 1) // options["accumulation"] // int(os.environ["WORLD_SIZE"])
         results.append(train(batch=batch, **(COMMON | options)))
         # Accelerate's state outlives a trainer, its mesh for HSDP too.
         AcceleratorState._reset_state()

@@ -112,6 +112,7 @@ def test_one_process(split, whole):
 
 def test_two_processes(whole):
     splits = [{"batch": 4, "ep_size": 1}, {"batch": 2, "accumulation": 2, "ep_size": 2}]
+    splits += [{"batch": 4, "accumulation": 2, "sp_size": 2}]
     runs = [{"loss_type": ["sigmoid", "sft"]} | BALANCED | split for split in splits]
     for results in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=runs):
         for run in results:

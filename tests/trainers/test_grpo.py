@@ -24,6 +24,7 @@ EVERYTHING = KERNEL | {
     "router_aux_loss_coef": 0.05,
     "router_z_loss_coef": 0.01,
 }
+NO_REPLAY = {"router_replay": None}
 
 
 # ---- TRL's own ----
@@ -164,13 +165,21 @@ def test_two_processes(whole):
         plain | {"batch": 2, "accumulation": 2, "ep_size": 2},
         # The model samples itself, over both processes.
         {"engine": None, "batch": 4, "ep_size": 2, "steps": 1},
+        # Sequences shared by both.
+        *(shared | {"batch": 4, "accumulation": 2, "sp_size": 2} for shared in (plain, EVERYTHING | NO_REPLAY)),
+        {"engine": None, "batch": 4, "sp_size": 2, "steps": 1},
     ]
-    reference = train(**plain)
-    for first, second, third, fourth in run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs):
+    reference, without_replay = train(**plain), train(**EVERYTHING | NO_REPLAY)
+    results = run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs)
+    for first, second, third, fourth, fifth, sixth, _ in results:
         assert_same_run(first, whole)
         assert_same_run(second, whole)
         assert_same_run(third, reference)
         assert fourth["logs"][0]["completions/max_length"] > 0
+        assert_same_run(fifth, reference)
+        assert_same_run(sixth, without_replay)
+    # Sampled by each rank in its own way, trained on by both what the first one sampled.
+    assert_same_run(*(runs[-1] for runs in results))
 
 
 # ---- balance and routers ----

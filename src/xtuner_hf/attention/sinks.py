@@ -35,7 +35,8 @@ class FusedKernel(NamedTuple):
     """A fused softmax attention without sinks.
 
     Args:
-        forward: (q, k, v, mask, scaling) -> output [B, N, S, D] and log-sum-exp [B, N, S] (fp32 at least).
+        forward: (q, k, v, mask, scaling) -> output [B, N, S, D] and log-sum-exp [B, N, S] (fp32 at least). The mask is
+            added to the scores; None is causal.
         backward: (grad_output, q, k, v, output, log-sum-exp, mask, scaling) -> gradients of q, k and v.
     """
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .._compat import WeightConverter, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from ..attention.varlen import VARLEN_ATTENTION
 from ..checkpoint.dequantise_on_load import (
     dequantising_arguments,
     record_source,
@@ -166,6 +167,9 @@ class HubModelMixin(_Base):
         if self.layer_checkpoint is not None:
             gradient_checkpointing_func = self.layer_checkpoint.around(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(requested_attention or VARLEN_ATTENTION, is_init_check)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..memory.chunked_loss import IGNORE_INDEX, chunked_cross_entropy
+from ..moe.tokens import shift_left
 
 
 class LMHead(nn.Linear):
@@ -61,7 +62,13 @@ class ChunkedLossMixin:
     def chunked_output(
         self, trunk_outputs: Any, labels_BS: torch.Tensor, num_items: torch.Tensor | int, inputs: dict[str, Any]
     ) -> CausalLMOutputWithPast:
-        """The loss from the trunk's outputs; `inputs` is what the trunk was called with."""
-        next_labels_BS = nn.functional.pad(labels_BS[:, 1:], (0, 1), value=IGNORE_INDEX)
+        """The loss from the trunk's outputs; `inputs` is what the trunk was called with.
+
+        With a `sequence` among the inputs, the labels are those of the whole rows and the loss is this rank's share.
+        """
+        next_labels_BS = shift_left(labels_BS, 1, IGNORE_INDEX)
+        sequence = inputs.get("sequence")
+        if sequence is not None:
+            next_labels_BS = sequence.take(next_labels_BS)
         total = self.lm_head(trunk_outputs.last_hidden_state, next_labels_BS)
         return CausalLMOutputWithPast(loss=total / num_items)

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._compat import ConversionOps, WeightConverter
 from ..memory.chunked_loss import IGNORE_INDEX
-from ..moe.tokens import TokenLayout
+from ..moe.tokens import TokenLayout, shift_left
 from .moe_model import MoECausalLMMixin, MoEDecoderLayer, MoEModelMixin
 
 # A mixin: the layer that it stands in front of is its base for the type checker alone.
@@ -83,17 +83,9 @@ class MTPLayerMixin(_LayerBase):
 
 def same_document(layout: TokenLayout, distance: int) -> torch.Tensor:
     """[B, S] bool: whether a real token has another of its document `distance` positions further on."""
-    real_BS = layout.real_T.view(layout.num_rows, layout.row_length)
-    document_BS = layout.document_T.view(layout.num_rows, layout.row_length)
-    further_BS = shift_left(document_BS, distance, value=-1)
-    return real_BS & shift_left(real_BS, distance) & (further_BS == document_BS)
-
-
-def shift_left(tensor_BS: torch.Tensor, distance: int, value: float = 0) -> torch.Tensor:
-    """Position i gets what stood at i + distance along dimension 1; `value` behind the end."""
-    shifted = torch.full_like(tensor_BS, value)
-    shifted[:, : max(tensor_BS.shape[1] - distance, 0)] = tensor_BS[:, distance:]
-    return shifted
+    real_BL, document_BL = layout.rows()
+    further_BL = shift_left(document_BL, distance, value=-1)
+    return layout.take(real_BL & shift_left(real_BL, distance) & (further_BL == document_BL))
 
 
 class FurtherTokens:
@@ -122,7 +114,7 @@ class FurtherTokens:
             return
         losses_D = []
         for distance, hidden_BSH in enumerate(hidden_DBSH, start=2):
-            further_BS = shift_left(self.labels_BS, distance, IGNORE_INDEX)
+            further_BS = layout.take(shift_left(self.labels_BS, distance, IGNORE_INDEX))
             further_BS = further_BS.masked_fill(~same_document(layout, distance), IGNORE_INDEX)
             losses_D.append(self.score(hidden_BSH, further_BS))
         self.loss_sum = torch.stack(losses_D).mean()
@@ -161,7 +153,7 @@ class MTPModelMixin(MoEModelMixin):
             # no position of its own document sees it.
             hidden_BSH, normed_BSH = layer(
                 hidden_BSH,
-                shift_left(inputs_embeds, depth),
+                self._embeds_further_on(inputs_embeds, layout, depth),
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 layout=_layout_at(layout, depth),
@@ -169,6 +161,12 @@ class MTPModelMixin(MoEModelMixin):
             )
             predictions.append(normed_BSH)
         return predictions
+
+    def _embeds_further_on(self, inputs_embeds: torch.Tensor, layout: TokenLayout, distance: int) -> torch.Tensor:
+        if layout.sequence is None:
+            return shift_left(inputs_embeds, distance)
+        # Some of these tokens are on the next rank; their ids are everywhere.
+        return self.embed_tokens(layout.take(shift_left(layout.sequence.input_ids, distance)))
 
 
 def _layout_at(layout: TokenLayout, depth: int) -> TokenLayout:

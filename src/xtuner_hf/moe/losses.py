@@ -47,9 +47,11 @@ def sequence_loss(probs_TE, topk_ids_TK, layout: TokenLayout, num_documents) -> 
     """
     num_experts = probs_TE.shape[1]
     real_T, document_T = layout.real_T, layout.document_T
-    chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_TK, 1.0) * real_T[:, None]
-    count_DE = torch.zeros_like(probs_TE).index_add_(0, document_T, chosen_TE)
-    prob_sum_DE = torch.zeros_like(probs_TE).index_add(0, document_T, probs_TE * real_T[:, None])
     length_D1 = layout.length_D.clamp(min=1)[:, None]
+    zeros_DE = probs_TE.new_zeros(len(length_D1), num_experts)
+    chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_TK, 1.0) * real_T[:, None]
+    # f_e is of the whole document, wherever its tokens are; P_e is a sum, of which this is the share of those here.
+    count_DE = layout.sum_over_ranks(zeros_DE.index_add(0, document_T, chosen_TE))
+    prob_sum_DE = zeros_DE.index_add(0, document_T, probs_TE * real_T[:, None])
     fraction_DE = count_DE * (num_experts / topk_ids_TK.shape[1]) / length_D1
     return (fraction_DE * prob_sum_DE / length_D1).sum() / num_documents

@@ -37,6 +37,27 @@ class MoEArguments:
         default=False,
         metadata={"help": "Allow expert-parallel groups that reach over several nodes, which is slow; else an error."},
     )
+    sp_size: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks that share each sequence (Ulysses sequence parallelism): each has 1 / sp_size of its "
+            "positions, and in attention of its heads. Must divide the query heads. Raise it when the activations of "
+            "one sequence do not fit with recompute; the batches of an optimizer step become as many times fewer."
+        },
+    )
+    sp_across_nodes: bool = field(
+        default=False,
+        metadata={"help": "Allow ranks of several nodes to share a sequence, which is slow; else an error."},
+    )
+    balance_batches: bool = field(
+        default=False,
+        metadata={
+            "help": "Deal the rows of an optimizer step out to ranks and accumulation steps by equal work (FLOPs of "
+            "attention and of matrix products) instead of equal numbers: ranks wait for the slowest. Loss and "
+            "gradients stay the same. For rows of 'input_ids' of unequal length, or packed ones with few long "
+            "documents; needs several rows a rank and optimizer step, and a data set with a length."
+        },
+    )
     dp_replicate_size: int = field(
         default=1,
         metadata={
@@ -195,7 +216,7 @@ class MoEArguments:
         ):
             if (getattr(self, name) or 0.0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or positive.")
-        for name in ("ep_size", "dp_replicate_size"):
+        for name in ("ep_size", "sp_size", "dp_replicate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.ep_implementation not in EPImplementationInterface():
@@ -249,6 +270,8 @@ class MoEArguments:
             ranks_per_node=ranks_per_node(world_size),
             ep_size=self.ep_size,
             ep_across_nodes=self.ep_across_nodes,
+            sp_size=self.sp_size,
+            sp_across_nodes=self.sp_across_nodes,
             dp_replicate_size=self.dp_replicate_size,
         )
 

@@ -102,8 +102,8 @@ class MoEDAPOTrainer(MoEGRPOTrainer):
     def _further_prompts(self, num_prompts: int, round_index: int) -> list[dict]:
         # A function of the step: a resumed run draws what the first would have.
         seed = hash((self.args.seed, self.state.global_step, self._offset, round_index)) % 2**63
-        rank = self.accelerator.process_index
-        return more_prompts(self.train_dataset, num_prompts, self.num_generations, rank, seed)
+        group = self.accelerator.process_index // self.args.sp_size
+        return more_prompts(self.train_dataset, num_prompts, self.num_generations, group, seed)
 
     def _full_batch(self, rounds: list[tuple[Rollouts, torch.Tensor]], wanted: int) -> Rollouts:
         """The first `wanted` groups that differ; others, which do not train, in the place of missing ones."""

@@ -65,7 +65,7 @@ class MoEDPOTrainer(TRLTrainerMixin, ByKeyword, DPOTrainer):
     def _start_step(self, batches: list[dict], device: torch.device) -> None:
         super()._start_step(batches, device)
         counts = torch.stack([torch.stack(PairCounts.of_batch(batch)) for batch in batches]).sum(0)
-        self._step_counts = PairCounts(*self.accelerator.reduce(counts.to(device), reduction="sum"))
+        self._step_counts = PairCounts(*self.sum_over_batches(counts.to(device)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Before the routers count: with adapters the reference goes through the same routers.
@@ -75,7 +75,7 @@ class MoEDPOTrainer(TRLTrainerMixin, ByKeyword, DPOTrainer):
         if "ref_chosen_logps" in inputs:
             return inputs
         reference = self.model if self.ref_model is None else self.ref_model
-        chosen, rejected = self.compute_ref_log_probs(reference, inputs)
+        chosen, rejected = self.compute_ref_log_probs(self.shared(reference), inputs)
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def _compute_loss(self, model, inputs, return_outputs):

@@ -83,7 +83,8 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
         for offset, batch in enumerate(batches):
             self._offset = offset
             self._step = first + offset  # by which TRL knows when to sample, and which part comes next
-            micro_batches.append(super()._prepare_inputs(batch))
+            # TRL shuffles its samples, on each rank in another way.
+            micro_batches.append(self.from_first_rank(super()._prepare_inputs(batch)))
         self._step = first
         self._current_train_step_time += time.perf_counter() - started
         super()._start_step(micro_batches, device)
@@ -114,7 +115,8 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if "routed_experts" in inputs:
             model = ReplayingModel(model, self._routers, inputs["routed_experts"])
-        return super()._compute_loss(model, inputs)
+        # TRL's loss is made to be averaged over all ranks, of which only 1 / sp_size have a batch of their own.
+        return super()._compute_loss(model, inputs) * self.args.sp_size
 
     # ---- rollouts ----
 
@@ -135,7 +137,7 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
         return rollouts
 
     def _generate(self, prompts: list):
-        generated = super()._generate(prompts)
+        generated = self.from_first_rank(super()._generate(prompts))
         prompt_ids, completion_ids, _, _, _, extra_fields, *_ = generated
         self._lengths = [(len(p), len(c)) for p, c in zip(prompt_ids, completion_ids, strict=True)]
         # Taken out: reward functions would get them as an argument.
@@ -156,7 +158,7 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         parent = super()._get_per_token_logps_and_entropies
         if not (self._is_scoring and self.args.router_replay and model is self.model):
-            return parent(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            return parent(self.shared(model), input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         width = input_ids.shape[1]
         routes = self._known_routes(width - logits_to_keep, width)
         if routes is None:  # R2: this first forward, of the old log-probabilities, decides

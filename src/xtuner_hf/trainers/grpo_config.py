@@ -75,7 +75,12 @@ class MoEGRPOConfig(MoEArguments, GRPOConfig):
     )
 
     def __post_init__(self):
+        if self.balance_batches:
+            raise ValueError("balance_batches would take the answers to a prompt apart: leave it False.")
+        is_given = self.generation_batch_size is not None
         super().__post_init__()
+        if self.sp_size > 1:
+            self._share_generation(is_given)
         if self.router_replay not in (None, "R2", "R3"):
             raise ValueError(f"router_replay is {self.router_replay!r}; choose 'R2', 'R3' or None.")
         if self.mismatch_correction is not None:
@@ -95,6 +100,23 @@ class MoEGRPOConfig(MoEArguments, GRPOConfig):
                 "epsilon is %s with one ratio a sequence: it clips next to nothing. GSPO uses 3e-4, and 4e-4 for "
                 "epsilon_high (PRESETS['gspo']).",
                 self.epsilon,
+            )
+
+    def _share_generation(self, is_given: bool) -> None:
+        """TRL counts a batch on every rank; only one in `sp_size` has one of its own."""
+        assert self.steps_per_generation is not None  # as TRL fills both in
+        assert self.generation_batch_size is not None
+        assert self.num_generations is not None
+        if is_given:
+            self.steps_per_generation *= self.sp_size
+        else:
+            self.generation_batch_size //= self.sp_size
+        samples = self.per_device_train_batch_size * self.steps_per_generation
+        if samples % self.num_generations:
+            raise ValueError(
+                f"With sp_size {self.sp_size}, a group of as many ranks samples {samples} answers at a time "
+                f"(per_device_train_batch_size x steps_per_generation), which num_generations {self.num_generations} "
+                "does not divide; change one of the three."
             )
 
     @property

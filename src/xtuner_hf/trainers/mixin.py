@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import ProgressCallback as BarCallback
 
@@ -26,13 +25,14 @@ from .checkpointing import CheckpointingMixin
 from .figure import FIGURE_FILE, draw_training
 from .history import HISTORY_FILE, HistoryCallback
 from .progress import ProgressLineCallback
+from .sequence import SequenceParallelMixin
 from .setup import check_dataset, check_output_dir, prepare_model
 from .sharding import ShardingMixin
 from .stability import StabilityMixin
 from .throughput import ThroughputMeter
 
 
-class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
+class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin, ShardingMixin):
     """Stands in front of a `Trainer` class in the bases of a trainer.
 
     One optimizer step:
@@ -127,9 +127,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
 
     def _start_step(self, batches: list[dict], device: torch.device) -> None:
         layouts = [TokenLayout.of_batch(self._model_inputs(batch)) for batch in batches]
-        self._totals = torch.stack([layout.totals() for layout in layouts]).sum(0).to(device)
-        if dist.is_initialized():
-            dist.all_reduce(self._totals)
+        self._totals = self.sum_over_batches(torch.stack([layout.totals() for layout in layouts]).sum(0).to(device))
         self._balance.start_step(self._totals[0], self._totals[1])
         self._batches, self._micro_batch, self._counted = batches, 0, False
 
@@ -147,8 +145,8 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
         self._micro_batch += 1
         if self._micro_batch == len(self._batches):
             self._reduce_counts()
-        # The parent logs the mean over ranks; the loss is the sum of their shares.
-        return share * self.accelerator.num_processes
+        # The parent logs the mean over ranks; the loss is the sum of the batches' shares.
+        return share * (self.accelerator.num_processes // self.args.sp_size)
 
     def _count_pass(self, model) -> None:
         """Learn the experts' load of the whole step before the first backward needs it."""
@@ -156,7 +154,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
         with torch.no_grad(), self._balance.recording(), self.compute_loss_context_manager():
             for batch in self._batches:
                 inputs: Any = self._prepare_input(self._model_inputs(batch))
-                model(**inputs, use_cache=False, logits_to_keep=1)
+                self.shared(model)(**inputs, use_cache=False, logits_to_keep=1)
         self._reduce_counts()
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -177,8 +175,9 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
             self._counted = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model = self.shared(model)
         if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         with contextlib.nullcontext() if self._counted else self._balance.recording():
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._balance.config.aux_loss_coef:
@@ -187,6 +186,14 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, ShardingMixin):
         # The parent expects gradients to be averaged over ranks and multiplies by their number; here they are summed.
         loss = self._balance.watch(loss / self.accelerator.num_processes)
         return (loss, *outputs) if return_outputs else loss
+
+    def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices or self.args.sp_size == 1:
+            return result
+        # The parent expects the mean over ranks and multiplies by their number; only one in `sp_size` has a batch.
+        loss, *outputs = result if return_outputs else (result,)
+        return (loss / self.args.sp_size, *outputs) if return_outputs else loss / self.args.sp_size
 
     # ---- a run ----
 

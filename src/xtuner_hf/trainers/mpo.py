@@ -85,7 +85,8 @@ class MoEMPOTrainer(MoEDPOTrainer):
         with torch.no_grad(), self._balance.recording(), self.compute_loss_context_manager():
             for batch in self._batches:
                 labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-                outputs = model(**self._model_inputs(batch), labels=labels, use_cache=False, fused_lm_head=True)
+                inputs = self._model_inputs(batch)
+                outputs = self.shared(model)(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
                 width = batch["completion_mask"].shape[1] - 1
                 self._see_rewards(*self._rewards(outputs.log_probs[:, -width:], batch))
         self._reduce_counts()
@@ -104,7 +105,7 @@ class MoEMPOTrainer(MoEDPOTrainer):
         self._rewards_seen += torch.stack([total, torch.full_like(total, 2.0 * len(chosen))])
 
     def _update_shift(self) -> None:
-        self._shift.update(*self.accelerator.reduce(self._rewards_seen, reduction="sum").tolist())
+        self._shift.update(*self.sum_over_batches(self._rewards_seen).tolist())
         self._knows_shift = True
 
     def _bco_pair_share(self, logps: torch.Tensor, inputs: dict, step: PairCounts) -> torch.Tensor:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from .._compat import launched_with_fsdp, loads_on_rank_0_only
+from ..attention.ulysses import check_heads
+from ..attention.varlen import VARLEN_ATTENTION, attention_refusal
 from ..memory.recompute import set_recompute
 from ..models.auto import AutoModelForCausalLM
 from ..models.base import HubModelMixin
@@ -80,11 +82,24 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
         check_accelerate_door(model)
     model = _load(model, layout, args) if isinstance(model, str) else _adopt(model, layout, args)
     _check_mtp(_base_model(model), args)
+    if layout.sp_size > 1:
+        check_attention(_base_model(model).config.get_text_config(), layout.sp_size)
     if args.world_size > 1 and args.process_index == 0:
         _announce(f"{layout.describe(num_experts(_base_model(model)))}\n{layout.picture()}")
     sum_gradients(model)
     set_recompute(_base_model(model), args.recompute or "full", offload=args.activation_offload, device=args.device)
     return model
+
+
+def check_attention(config: Any, sp_size: int) -> None:
+    """Whether attention can be shared between ranks.
+
+    Raises:
+        ValueError: too few heads for so many ranks, or an attention implementation that knows nothing of them.
+    """
+    check_heads(config.num_attention_heads, sp_size)
+    if config._attn_implementation != VARLEN_ATTENTION:
+        raise ValueError(attention_refusal(config._attn_implementation))
 
 
 def _announce(message: str) -> None:

@@ -24,6 +24,12 @@ class TRLTrainerMixin(MoETrainerMixin):
     """`MoETrainerMixin` in front of a trainer of TRL."""
 
     aux_loss_enabled: bool
+    _tp_size: int
+
+    def __init__(self, *positional: Any, **keywords: Any):
+        super().__init__(*positional, **keywords)
+        if hasattr(self, "_tp_size"):  # ranks with the same batch, by which TRL divides the tokens it counts
+            self._tp_size *= self.args.sp_size
 
     def _attach_balance(self):
         # TRL would add a Switch loss of its own, per micro-batch and over all layers at once; ours takes its place.

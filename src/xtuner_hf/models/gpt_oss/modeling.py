@@ -2,7 +2,7 @@
 
 The experts are transformers' module: stored transposed, gate and up interleaved, with biases and a clamped SwiGLU; our
 kernels compute them. Ours are the router (fp32) and the attention, whose softmax runs in fp32 and whose sinks have an
-exact backward through a fused kernel.
+exact backward through a fused kernel (attention/sinks.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from transformers.models.gpt_oss import modeling_gpt_oss as hf
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
-from ...attention.sinks import SINK_ATTENTION
 from ...moe.block import SparseMoEBlock
 from ...moe.router import TopKSoftmaxRouter
 from ..base import use_hub_layout
@@ -34,9 +33,6 @@ class GptOssDecoderLayer(MoEDecoderLayer):
 
 class GptOssPreTrainedModel(MoEPreTrainedMixin, hf.GptOssPreTrainedModel):
     _can_record_outputs = recorded_outputs(GptOssDecoderLayer, hf.GptOssAttention)
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        return super().get_correct_attn_implementation(requested_attention or SINK_ATTENTION, is_init_check)
 
 
 class GptOssModel(MoEModelMixin, GptOssPreTrainedModel, hf.GptOssModel):

@@ -1,0 +1,134 @@
+"""The part of our trainers for sequences that several ranks share: batches, counts and refusals.
+
+_get_dataloader    the ranks of a group get the same batches
+shared(model)      what a loss is computed with: each rank has its positions (parallel/sequence.py)
+get_cp_size        transformers' own word for how many ranks have the same batch: it divides what it counts
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+
+from .._compat import batches_dealt_to
+from ..attention.ulysses import SequenceRanks
+from ..data.balance import EqualWorkSampler
+from ..models.flops import TrainingFlops
+from ..parallel.sequence import SequenceParallelModel, sequence_ranks
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SequenceParallelMixin(_Base):
+    """Stands in front of a `Trainer` class in the bases of a trainer; with `sp_size` 1 it does nothing."""
+
+    args: Any
+    model: Any
+    _ranks: SequenceRanks | None = None
+
+    def __init__(self, model: Any = None, args: Any = None, *positional: Any, **keywords: Any):
+        if args.sp_size > 1:
+            check_losses(args, keywords)
+        if args.balance_batches and isinstance(keywords.get("train_dataset"), IterableDataset):
+            raise ValueError(
+                "balance_batches weighs rows before they are read, and train_dataset is a stream: set it False."
+            )
+        super().__init__(model, args, *positional, **keywords)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.sp_size > 1:
+            self._ranks = sequence_ranks(self.args.parallel_layout, self.args.device.type)
+
+    def get_cp_size(self) -> int:
+        return self.args.sp_size
+
+    def shared(self, model: Any) -> Any:
+        """The model as losses are computed with it."""
+        if self._ranks is None or isinstance(model, SequenceParallelModel):
+            return model
+        return SequenceParallelModel(model, self._ranks)
+
+    def from_first_rank(self, value: Any) -> Any:
+        """The value of the first of the ranks that share a batch."""
+        return value if self._ranks is None else self._ranks.from_first(value, self.accelerator.device)
+
+    def sum_over_batches(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of what each computed of its batch; each batch counts once."""
+        total = self.accelerator.reduce(tensor, reduction="sum")
+        return total // self.args.sp_size if total.dtype == torch.int64 else total / self.args.sp_size
+
+    def _get_dataloader(self, *positional: Any, **keywords: Any):
+        if self._ranks is None:
+            return super()._get_dataloader(*positional, **keywords)
+        layout = self.args.parallel_layout
+        with batches_dealt_to(self.accelerator, layout.data_size, layout.sp_size):
+            return super()._get_dataloader(*positional, **keywords)
+
+    def _get_train_sampler(self, train_dataset: Any = None):
+        if not self.args.balance_batches:
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        flops = TrainingFlops.of_model(self.model)
+        work: Any = [flops(sum(row), sum(length**2 for length in row)) for row in map(_document_lengths, rows)]
+        layout = self.args.parallel_layout
+        return EqualWorkSampler(
+            work,
+            effective_batch_size=self.get_total_train_batch_size(self.args),
+            dp_size=layout.data_size,
+            grad_accum=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index // layout.sp_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def evaluation_loop(self, *positional: Any, **keywords: Any):
+        if self._ranks is not None:
+            self.gather_function = self._gather_of_batches
+        return super().evaluation_loop(*positional, **keywords)
+
+    def _gather_of_batches(self, losses: torch.Tensor) -> torch.Tensor:
+        """Accelerate's `gather_for_metrics` with each batch once."""
+        everywhere = self.accelerator.gather(losses)
+        once = everywhere.unflatten(0, (-1, self.args.sp_size, len(losses)))[:, 0].flatten()
+        state = self.accelerator.gradient_state
+        return once[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else once
+
+
+def _document_lengths(row: dict[str, Any]) -> list[int]:
+    if "input_ids" not in row:
+        raise ValueError(
+            f"balance_batches weighs rows by their 'input_ids', and they have {', '.join(row)}; leave it False."
+        )
+    return row.get("seq_lengths") or [len(row["input_ids"])]
+
+
+def check_losses(args: Any, keywords: dict[str, Any]) -> None:
+    """Refuse what needs full logits or deals out batches by itself."""
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if keywords.get(name) is not None:
+            raise ValueError(
+                f"{name} gets the logits of whole rows, and with sp_size {args.sp_size} no rank has them: leave it "
+                "out, or set sp_size to 1."
+            )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, whose loss needs the logits of whole rows, and "
+            f"with sp_size {args.sp_size} no rank has them: set the one to 0, or the other to 1."
+        )
+    if getattr(args, "router_replay", None) is not None:
+        raise ValueError(
+            f"router_replay is {args.router_replay!r} and sp_size {args.sp_size}: routes of whole sequences are not "
+            "shared between ranks yet. Set the one to None, or the other to 1."
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' gives every rank batches of its own, and sp_size is "
+            f"{args.sp_size}: use balance_batches=True, which knows groups of ranks."
+        )
