@@ -52,7 +52,7 @@ def launch_command(folder: Path, train_file: Path, eval_file: Path, max_steps: i
         "on_long_row": "split",
         "packing": True,
         "assistant_only_loss": True,
-        "per_device_train_batch_size": max(8 // num_processes, 1),
+        "per_device_train_batch_size": max(4 // num_processes, 1),
         "gradient_checkpointing": False,
         "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",
@@ -83,7 +83,7 @@ def reply(checkpoint: Path, prompt: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
-    parser.add_argument("--max_steps", type=int, default=55, help="optimizer steps")
+    parser.add_argument("--max_steps", type=int, default=45, help="optimizer steps")
     options = parser.parse_args()
     folder = options.output_dir.resolve()
     if (folder / "run").exists():
