@@ -53,15 +53,26 @@ def _text_config(model: nn.Module) -> Any:
 
 def _matrix_flops_per_token(model: nn.Module) -> float:
     total = 0.0
+    share = _share_of_experts_met(model)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            total += _flops(module.weight)
+            total += _flops(module.weight) * share.get(module, 1.0)
         elif isinstance(module, GroupedExperts):
             top_k = _text_config(model).num_experts_per_tok
             weights_EXX = [parameter for parameter in module.parameters() if parameter.dim() == 3]
             # Not `module.num_experts`: under expert parallelism that is the number on this rank.
             total += sum(_flops(weight) * top_k / weight.shape[0] for weight in weights_EXX)
     return total
+
+
+def _share_of_experts_met(model: nn.Module) -> dict[nn.Module, float]:
+    """Of the factors that PEFT keeps for all experts of a layer in one matrix, the part that a token meets."""
+    share: dict[nn.Module, float] = {}
+    for wrapper in model.modules():
+        if hasattr(wrapper, "parameter_name") and hasattr(wrapper, "lora_A"):  # PEFT's ParamWrapper
+            met = _text_config(model).num_experts_per_tok / wrapper.num_experts
+            share |= {factor: met for factors in (wrapper.lora_A, wrapper.lora_B) for factor in factors.values()}
+    return share
 
 
 def _flops(weight: torch.Tensor) -> float:
