@@ -9,8 +9,13 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+import xtuner_hf
 from tests.families import FAMILIES
 from tests.tiny import uneven_rows
+from xtuner_hf.data import PackedCollator
+
+# Imported here and not by each rank (tests/ranks.py).
+TRAINERS = {"MoETrainer": xtuner_hf.MoETrainer, "MoESFTTrainer": xtuner_hf.MoESFTTrainer}
 
 BALANCE = {
     "router_aux_loss_coef": 0.05,
@@ -60,9 +65,6 @@ def train(
 
     `config` changes the family's configuration, `init` goes to the model's constructor. `idle_experts` get no token.
     """
-    import xtuner_hf
-    from xtuner_hf.data import PackedCollator
-
     changes = {"router_correction_bias": True} if family == "qwen3_moe" else {}
     model = FAMILIES[family].ours(dtype, init=init, **changes, **(config or {}))
     for name, bias in model.named_buffers():
@@ -96,7 +98,7 @@ def train(
         }
         if trainer_kind == "MoESFTTrainer":
             keywords["processing_class"] = tiny_tokenizer()
-        trainer = getattr(xtuner_hf, trainer_kind)(model=model, args=args, **keywords)
+        trainer = TRAINERS[trainer_kind](model=model, args=args, **keywords)
         trainer.train()
     state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
     return {"logs": recorder.logs, "grads": recorder.grads, "state": state}
