@@ -37,17 +37,17 @@ def references(variants: list[dict], rows: int = ROWS) -> list[dict]:
     return results
 
 
-def run_layouts(layouts: list[dict], accelerate_fsdp: bool = False, rows: int = ROWS) -> list[dict]:
+def run_layouts(layouts: list[dict], through_accelerate: int = 0, rows: int = ROWS) -> list[dict]:
     """One result for each layout: trainer arguments, and `accumulation`.
 
     Args:
-        accelerate_fsdp: launch as with `distributed_type: FSDP` in the config.
+        through_accelerate: so many of them, the last ones, are launched as with `distributed_type: FSDP` in the config.
         rows: of an optimizer step, whatever the layout.
     """
-    if accelerate_fsdp:
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     results = []
-    for layout in layouts:
+    for index, layout in enumerate(layouts):
+        if index == len(layouts) - through_accelerate:
+            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         options = {"accumulation": 1, **layout}
         batch = rows // options["accumulation"] // int(os.environ["WORLD_SIZE"])
         results.append(train(batch=batch, num_rows=rows * STEPS, **(COMMON | options)))

@@ -105,12 +105,16 @@ def train(output_dir: str, resume=None, stop_after: int | None = None, export: b
     }
 
 
-def run_layouts(folder: str, layouts: list[dict], accelerate_fsdp: bool = False) -> list[dict]:
-    """One run after the other; each in `folder/<its index>` unless it says where."""
-    if accelerate_fsdp:
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+def run_layouts(folder: str, layouts: list[dict], through_accelerate: int = 0) -> list[dict]:
+    """One run after the other; each in `folder/<its index>` unless it says where.
+
+    Args:
+        through_accelerate: so many of them, the last ones, are launched as with `distributed_type: FSDP` in the config.
+    """
     results = []
     for index, layout in enumerate(layouts):
+        if index == len(layouts) - through_accelerate:
+            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         results.append(train(**({"output_dir": str(Path(folder) / str(index))} | layout)))
         AcceleratorState._reset_state()
     return results if not dist.is_initialized() or dist.get_rank() == 0 else []
