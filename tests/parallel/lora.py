@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 import xtuner_hf
+from tests.checkpoint.export_scenario import Spy
 from tests.families import FAMILIES
 from tests.tiny import uneven_rows
 from tests.trainers.resume_scenario import Stop, _steps
@@ -93,9 +94,11 @@ def train(output_dir: str, resume=None, stop_after: int | None = None, export: b
     trainer.train(resume_from_checkpoint=resume)
     if export:
         trainer.save_model(f"{output_dir}/adapter")
-        trainer.save_merged_model(f"{output_dir}/merged")
+        with Spy() as spy:
+            trainer.save_merged_model(f"{output_dir}/merged")
     steps = _steps(trainer)
     return {
+        "largest tensor": spy.largest if export else None,
         "losses": {step: log["loss"] for step, log in zip(steps, recorder.logs, strict=True)},
         "norms": {step: log["grad_norm"] for step, log in zip(steps, recorder.logs, strict=True)},
         "grads": recorder.grads,

@@ -134,6 +134,11 @@ def test_stock_peft_loads_and_merges(merged_logits):
     assert (logits - before).abs().max() > 0.1
 
 
+def test_no_rank_held_a_whole_fused_tensor_while_merging(on_4_ranks):
+    fused_bytes = 8 * 2 * 48 * 64 * 4
+    assert fused_bytes // 8 < on_4_ranks[0]["largest tensor"] <= fused_bytes // 4
+
+
 def test_merged_checkpoint(merged_logits, folder):
     """Written by the ranks that own the experts: what PEFT merges, and tensor by tensor what one process writes."""
     _, _, logits = merged_logits

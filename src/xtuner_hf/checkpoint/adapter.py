@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora.layer import Linear, ParamWrapper
+from peft.tuners.lora import Linear, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 
 from ..kernels.experts import EXPERTS_KERNELS, LowRank
