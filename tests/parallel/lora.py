@@ -63,12 +63,11 @@ def make_trainer(
         router_aux_loss_coef=0.05,
         report_to=[],
         use_cpu=True,
-        bf16=False,
         watchdog_timeout=0,
         remove_unused_columns=False,
         seed=3,
         **({"dataset_kwargs": {"skip_prepare_dataset": True}} if is_sft else {}),
-        **({"gradient_checkpointing": False} | arguments),
+        **({"bf16": False, "gradient_checkpointing": False} | arguments),
     )
     set_seed(7)
     return getattr(xtuner_hf, kind)(

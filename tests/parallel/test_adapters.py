@@ -31,6 +31,7 @@ LAYOUTS = [
 SFT = {"kind": "MoESFTTrainer", "save_strategy": "no"}
 # By the reference that they are compared with.
 DOORS = {"random": {"ep_size": 2, "save_strategy": "no"}, "sft": {"ep_size": 2, **SFT}}
+BF16 = {"ep_size": 2, "save_strategy": "no", "bf16": True, "export": True}
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +94,19 @@ def test_resumed_under_another_layout(on_4_ranks, references):
 
 def test_both_doors_and_trl(folder, references):
     """`peft_config` comes around a model that is already sharded; Accelerate shards one that has adapters."""
+    layouts = [*DOORS.values(), BF16]
     runs = run_on_ranks(
-        RUN, 2, folder=str(folder / "2"), layouts=[*DOORS.values(), *DOORS.values()], through_accelerate=len(DOORS)
+        RUN, 2, folder=str(folder / "2"), layouts=[*layouts, *layouts], through_accelerate=len(layouts)
     )[0]
-    for run, reference in zip(runs, [*DOORS, *DOORS], strict=True):
-        assert_same(run, references[reference])
+    for first in (0, len(layouts)):
+        *of_door, bf16 = runs[first : first + len(layouts)]
+        for run, reference in zip(of_door, DOORS, strict=True):
+            assert_same(run, references[reference])
+        assert bf16["losses"] == pytest.approx(references["random"]["losses"], rel=1e-2)
+        saved = load_file(folder / "2" / str(first + len(DOORS)) / "adapter" / "adapter_model.safetensors")
+        assert {name.replace(".weight", ".default.weight") for name in saved} == bf16["adapter"].keys()
+        for name, tensor in saved.items():
+            assert torch.equal(tensor.double(), bf16["adapter"][name.replace(".weight", ".default.weight")]), name
 
 
 def test_no_zero_rows_after_a_save_under_ep(on_4_ranks, folder):

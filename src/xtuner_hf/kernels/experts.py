@@ -21,6 +21,9 @@ class LowRank(NamedTuple):
     down_EAQ: torch.Tensor
     up_EQB: torch.Tensor  # with the adapter's scale in it
 
+    def to(self, dtype: torch.dtype) -> LowRank:
+        return LowRank(self.down_EAQ.to(dtype), self.up_EQB.to(dtype))
+
 
 class ExpertWeights(NamedTuple):
     """The parameters of a layer's experts as kernels want them: input dimension first, whatever the storage."""

@@ -25,7 +25,8 @@ def expert_weights(experts: Any) -> ExpertWeights:
     weights = ExpertWeights(gate_up, down, experts._apply_gate)
     if experts.has_bias:
         weights = weights._replace(gate_up_bias_EF=experts.gate_up_proj_bias, down_bias_EH=experts.down_proj_bias)
-    adapters = getattr(experts, "adapters", {})  # moe/lora.py, while an adapted forward runs
+    # Set by moe/lora.py for an adapted forward. Only in here do weights of FSDP have the dtype of the computation.
+    adapters = {name: factors.to(gate_up.dtype) for name, factors in getattr(experts, "adapters", {}).items()}
     return weights._replace(
         gate_up_adapter=adapters.get("gate_up_proj"),
         down_adapter=adapters.get("down_proj"),

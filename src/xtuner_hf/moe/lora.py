@@ -54,7 +54,7 @@ class ExpertsLora(ParamWrapper):
             experts.adapters = outer
 
     def factors(self, names: list[str]) -> LowRank:
-        """Those of this rank's experts in the weights' dtype; several adapters follow each other along the rank."""
+        """Those of this rank's experts; several adapters follow each other along the rank."""
         experts: Any = self.get_base_layer()
         mine = slice(self.first_expert, self.first_expert + experts.num_experts)
         downs, ups = [], []
@@ -63,8 +63,7 @@ class ExpertsLora(ParamWrapper):
             up: Any = self.lora_B[name].weight
             downs.append(down.view(self.num_experts, -1, down.shape[1])[mine].transpose(1, 2))
             ups.append(up.view(up.shape[0], -1, self.num_experts)[:, :, mine].permute(2, 1, 0) * self.scaling[name])
-        dtype = self.get_param().dtype
-        return LowRank(torch.cat(downs, dim=2).to(dtype), torch.cat(ups, dim=1).contiguous().to(dtype))
+        return LowRank(torch.cat(downs, dim=2), torch.cat(ups, dim=1).contiguous())
 
 
 def adopt_wrappers(model: nn.Module) -> list[ExpertsLora]:
