@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results" / "kill_resume.json"
 
 
 def worker(folder: str, steps: int, save_steps: int, losses_file: str, cached_rows: int = 64) -> None:
@@ -204,10 +205,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--save-steps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), options.kills, options.processes, options.steps, options.save_steps, options.seed)
     print(json.dumps(result, indent=1))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
     if result["that differ"] or not result["reached the end"]:
         raise SystemExit(1)
 

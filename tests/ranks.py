@@ -1,7 +1,12 @@
-"""Runs a function on several processes joined by gloo, with a deadline, and leaves no process behind."""
+"""Runs a function on several processes joined by gloo, with a deadline, and leaves no process behind.
+
+One process imports what the function needs and then splits into the ranks: importing is most of what a short test does,
+and eight ranks on two cores would do it eight times.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -9,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +30,37 @@ def run_on_ranks(function: str, world_size: int, timeout: float = 180, **kwargs:
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(kwargs, Path(folder) / "kwargs.pt")
-        processes = [_start(function, rank, world_size, _free_port_once(folder), folder) for rank in range(world_size)]
+        # A session of its own, so that all ranks can be killed together.
+        job = subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks", function, folder, str(world_size)],
+            cwd=REPO,
+            env=_environment(world_size),
+            start_new_session=True,
+        )
         try:
-            _wait(processes, folder, timeout)
-        finally:
-            for process in processes:
-                _kill(process)
+            failed = job.wait(timeout) != 0
+            problem = "failed"
+        except subprocess.TimeoutExpired:
+            failed, problem = True, f"no end after {timeout} s"
+        except BaseException:
+            _kill(job)
+            raise
+        if failed:
+            _kill(job)
+            logs = [Path(folder) / f"log-{rank}.txt" for rank in range(world_size)]
+            text = "\n".join(f"--- {log.stem} ---\n{log.read_text()[-4000:]}" for log in logs if log.exists())
+            raise RuntimeError(f"{function} on {world_size} ranks: {problem}\n{text}")
         return [torch.load(Path(folder) / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _free_port_once(folder: str) -> int:
-    port_file = Path(folder) / "port"
-    if not port_file.exists():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port_file.write_text(str(probe.getsockname()[1]))
-    return int(port_file.read_text())
-
-
-def _start(function: str, rank: int, world_size: int, port: int, folder: str) -> subprocess.Popen:
-    env = {
+def _environment(world_size: int) -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
         **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
@@ -56,47 +70,55 @@ def _start(function: str, rank: int, world_size: int, port: int, folder: str) ->
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(REPO / "src"), str(REPO), os.environ.get("PYTHONPATH", "")]),
     }
-    with open(Path(folder) / f"log-{rank}.txt", "w") as log:
-        command = [sys.executable, "-m", "tests.ranks", function, folder]
-        return subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
-def _wait(processes: list[subprocess.Popen], folder: str, timeout: float) -> None:
-    for rank, process in enumerate(processes):
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = f"no end after {timeout} s"
-        if code != 0:
-            for other in processes:
-                _kill(other)
-            logs = "\n".join(
-                f"--- rank {other} ---\n{(Path(folder) / f'log-{other}.txt').read_text()[-4000:]}"
-                for other in range(len(processes))
-            )
-            raise RuntimeError(f"rank {rank} failed ({code}):\n{logs}")
-
-
-def _kill(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _kill(job: subprocess.Popen) -> None:
+    # Ranks outlive the process that they come from where one of them failed.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
 
 
 def main() -> None:
-    name, folder = sys.argv[1:]
+    name, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     module, function = name.split(":")
-    torch.manual_seed(0)
-    kwargs = torch.load(Path(folder) / "kwargs.pt", weights_only=False)
-    result = getattr(importlib.import_module(module), function)(**kwargs)
-    torch.save(result, Path(folder) / f"result-{os.environ['RANK']}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    imported = importlib.import_module(module)
+    ranks = {}
+    for rank in range(world_size):
+        pid = os.fork()
+        if pid == 0:
+            _run(getattr(imported, function), folder, rank)
+        ranks[pid] = rank
+    while ranks:
+        pid, status = os.waitpid(-1, 0)
+        rank = ranks.pop(pid)
+        if status != 0:
+            with open(folder / f"log-{rank}.txt", "a") as log:
+                log.write(f"\nrank {rank} ended with {os.waitstatus_to_exitcode(status)}\n")
+            sys.exit(1)  # the others are killed with the session
+
+
+def _run(function: Any, folder: Path, rank: int) -> None:
+    """What a rank does; ends its process."""
+    code = 1
+    log = os.open(folder / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    try:
+        torch.manual_seed(0)
+        kwargs = torch.load(folder / "kwargs.pt", weights_only=False)
+        torch.save(function(**kwargs), folder / f"result-{rank}.pt")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
     # The result is written. Without this, a thread of torch that outlives the interpreter sometimes aborts the process
     # ("terminate called without an active exception", once in some thousand ranks).
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
@@ -97,9 +99,32 @@ def test_methods_of_the_trainer_that_ours_replace_or_call():
         "_finalize_training": ["trial", "num_train_samples", "start_time"],
         "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
         "save_model": ["output_dir", "_internal_call"],
+        "_sync_replicated_trainable_parameters": ["model"],
     }
     for name, names in expected.items():
         assert parameters(getattr(Trainer, name))[1:] == names, name
+
+
+def test_wrappers_of_peft_around_expert_parameters():
+    """`moe/lora.py` makes a subclass of them; `parallel/adapters.py` and `checkpoint/adapter.py` read their parts."""
+    experts = torch.nn.Module()
+    experts.gate_up_proj = torch.nn.Parameter(torch.zeros(4, 6, 5))
+    experts.down_proj = torch.nn.Parameter(torch.zeros(4, 5, 3))
+    model = torch.nn.Sequential(experts)
+    names = ["0.gate_up_proj", "0.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=names))
+    outer = adapted.get_base_model()[0]
+    inner = outer.base_layer
+    assert type(outer) is type(inner) is ParamWrapper
+    assert [outer.parameter_name, inner.parameter_name] == ["down_proj", "gate_up_proj"]
+    assert outer.get_base_layer() is inner.get_base_layer() is experts
+    shapes = [
+        [tuple(w.lora_A["default"].weight.shape), tuple(w.lora_B["default"].weight.shape)] for w in (outer, inner)
+    ]
+    assert shapes == [[(8, 3), (5, 8)], [(8, 5), (6, 8)]]
+    assert (outer.num_experts, outer.scaling, outer.active_adapters) == (4, {"default": 4.0}, ["default"])
+    assert (outer.use_dora, outer.lora_bias, outer.merged) == ({"default": False}, {"default": False}, False)
+    assert adapted.base_model.prefix == "lora_"
 
 
 def test_state_of_the_trainer_that_a_checkpoint_holds():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "convert",
         help="make a Hub checkpoint of a training checkpoint",
         description="Write the model of a training checkpoint as the Hub has it: safetensors, index, config and "
-        "tokenizer. Reads one chunk at a time. Under torchrun or accelerate launch the processes share the writing.",
+        "tokenizer. Reads one chunk at a time. Under torchrun or accelerate launch the processes share the writing. "
+        "Of a run with adapters: the adapter as PEFT has it.",
     )
     convert.add_argument("checkpoint", type=Path, help="checkpoint-N, or an output_dir for its newest one")
     convert.add_argument("out", type=Path, help="folder to write, best a new one")
@@ -27,11 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as saved"
     )
     convert.add_argument("--max-shard-size", default="5GB", help="size of a file at most, 5GB by default")
+    convert.add_argument(
+        "--per-expert", action="store_true", help="of an adapter: a tensor for each expert, not PEFT's fused ones"
+    )
     options = parser.parse_args(arguments)
-    convert_checkpoint(options.checkpoint, options.out, options.dtype, options.max_shard_size)
+    convert_checkpoint(options.checkpoint, options.out, options.dtype, options.max_shard_size, options.per_expert)
 
 
-def convert_checkpoint(checkpoint: Path, out: Path, dtype: str | None, max_shard_size: str) -> None:
+def convert_checkpoint(
+    checkpoint: Path, out: Path, dtype: str | None, max_shard_size: str, per_expert: bool = False
+) -> None:
     """What `xtuner-hf convert` does.
 
     Raises:
@@ -40,11 +45,14 @@ def convert_checkpoint(checkpoint: Path, out: Path, dtype: str | None, max_shard
     # Not on top: `--help` should not take the seconds that torch needs.
     import torch
     import torch.distributed as dist
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from ._compat import parse_size_to_int
+    from .checkpoint.adapter import CONFIG as ADAPTER_CONFIG
+    from .checkpoint.adapter import convert_adapter
     from .checkpoint.export import export_to_hub
     from .checkpoint.folder import complete_checkpoints, read_facts
+    from .checkpoint.side_files import copy_side_files
     from .checkpoint.sources import CheckpointTensors
     from .models.auto import causal_lm_class
 
@@ -59,11 +67,23 @@ def convert_checkpoint(checkpoint: Path, out: Path, dtype: str | None, max_shard
             dist.init_process_group("gloo")
         group = dist.group.WORLD
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
+    if (checkpoint / ADAPTER_CONFIG).exists():
+        if rank == 0:
+            convert_adapter(checkpoint, out, per_expert)
+            copy_side_files(checkpoint, out)
+            print(f"{out}: the adapter of {checkpoint}")
+        return
+    if per_expert:
+        raise SystemExit(f"--per-expert is for adapters, and {checkpoint} is of a run without.")
     config = AutoConfig.from_pretrained(checkpoint)
     # Multi-token prediction layers are built when asked for; a configuration that counts some had them saved.
     kept = {"mtp_loss_coef": 0} if getattr(config, "num_nextn_predict_layers", 0) else {}
     with torch.device("meta"):
         model = causal_lm_class(config)._from_config(config, **kept)
+    # The checkpoint's own files come along: configurations, tokenizer, templates, remote code.
+    model.source_folder = checkpoint
+    if (checkpoint / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     source = CheckpointTensors(checkpoint, rank, world_size)
     export_to_hub(
         model,
@@ -74,13 +94,4 @@ def convert_checkpoint(checkpoint: Path, out: Path, dtype: str | None, max_shard
         group=group,
     )
     if rank == 0:
-        copy_companions(checkpoint, out)
         print(f"{out}: the model of {checkpoint}")
-
-
-def copy_companions(checkpoint: Path, out: Path) -> None:
-    """Tokenizer, processor and the like: what lies beside the shards and is not the training's own."""
-    own = {"checkpoint.json", "trainer_state.json", "config.json", "generation_config.json"}
-    for path in checkpoint.iterdir():
-        if path.is_file() and path.name not in own and path.suffix not in (".pt", ".pth", ".bin"):
-            shutil.copy2(path, out / path.name)

@@ -17,8 +17,8 @@ import xtuner_hf
 from tests.tiny import build, moe_config, randomize_
 from xtuner_hf import cli
 from xtuner_hf.checkpoint.export import export_to_hub, write_configs
-from xtuner_hf.checkpoint.folder import begin, commit, incomplete
-from xtuner_hf.checkpoint.resume import GROUPS_FILE, SHARDS, optimizer_groups, training_state
+from xtuner_hf.checkpoint.folder import SHARDS, begin, commit, incomplete
+from xtuner_hf.checkpoint.resume import GROUPS_FILE, optimizer_groups, training_state
 from xtuner_hf.checkpoint.sources import Box, LiveTensors
 from xtuner_hf.parallel.shard import shard_model
 

@@ -12,10 +12,9 @@ from transformers.distributed import DistributedConfig
 
 from tests.checkpoint.export_scenario import LAYOUTS, step_, tiny_qwen
 from tests.trainers.scenario import full
-from xtuner_hf.checkpoint.folder import CheckpointError
+from xtuner_hf.checkpoint.folder import SHARDS, CheckpointError
 from xtuner_hf.checkpoint.resume import (
     GROUPS_FILE,
-    SHARDS,
     load_model,
     load_optimizer,
     optimizer_groups,

@@ -10,15 +10,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests.checkpoint.export_scenario import LAYOUTS, MODELS, Spy, step_, tiny_qwen
+from tests.checkpoint.runs import make_trainer, tiny_tokenizer
 from tests.families import FAMILIES
 from tests.ranks import run_on_ranks
-from xtuner_hf import AutoModelForCausalLM
+from xtuner_hf import AutoModelForCausalLM, IncompleteCheckpointError
 from xtuner_hf.checkpoint.export import export_to_hub, write_configs
 from xtuner_hf.checkpoint.export_plan import ExportError
-from xtuner_hf.checkpoint.folder import begin, commit
-from xtuner_hf.checkpoint.resume import SHARDS, training_state
+from xtuner_hf.checkpoint.folder import SHARDS, begin, commit
+from xtuner_hf.checkpoint.resume import training_state
 from xtuner_hf.cli import main
 
 SCENARIO = "tests.checkpoint.export_scenario"
@@ -207,6 +209,32 @@ class TestConvert:
         main(["convert", str(checkpoint.parent), str(tmp_path / "out"), "--dtype", "bfloat16"])
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert loaded.dtype == torch.bfloat16
+
+    def test_what_lies_beside_the_weights_comes_along(self, tmp_path):
+        """Through a run of the trainer: published configurations, remote code, tokenizer and its templates."""
+        source = tmp_path / "source"
+        tiny_qwen(vocab_size=128).save_pretrained(source)
+        config = json.loads((source / "config.json").read_text()) | {"auto_map": {"AutoConfig": "configuration_x.X"}}
+        (source / "config.json").write_text(json.dumps(config, indent=4))
+        (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true, "eos_token_id": 1}')
+        (source / "configuration_x.py").write_text("class X: ...")
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+        run = tmp_path / "run"
+        make_trainer("MoETrainer", str(source), str(run), tokenizer, save_only_model=False).train()
+        main(["convert", str(run / "checkpoint-2"), str(tmp_path / "out"), "--dtype", "float32"])
+        for name in ("config.json", "generation_config.json"):
+            found = json.loads((tmp_path / "out" / name).read_text())
+            assert found == json.loads((source / name).read_text()) | {"pad_token_id": 0}, name
+        assert (tmp_path / "out" / "configuration_x.py").read_text() == "class X: ..."
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+        assert not {"checkpoint.json", "training_args.bin", "trainer_state.json"} & {
+            path.name for path in (tmp_path / "out").iterdir()
+        }
+        with pytest.raises(
+            IncompleteCheckpointError, match=r"training checkpoint.*`xtuner-hf convert .*checkpoint-2 OUT"
+        ):
+            AutoModelForCausalLM.from_pretrained(run / "checkpoint-2")
 
     def test_not_a_checkpoint(self, tmp_path):
         with pytest.raises(SystemExit, match="is no complete training checkpoint"):

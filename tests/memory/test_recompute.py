@@ -166,29 +166,18 @@ def test_arguments(tmp_path):
         arguments(recompute="selective", gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
-@pytest.fixture(scope="module")
-def reference() -> dict:
-    return run_on_ranks("tests.trainers.scenario:train", 1)[0]
+RUNS = "tests.trainers.scenario:train_each"
+SELECTIVE_SFT = {"trainer_kind": "MoESFTTrainer", "recompute": "selective"}
+ON_2_RANKS = [
+    {"batch": 4, "ep_size": 2, "recompute": "selective", "activation_offload": True, "packed": True},
+    {"batch": 2, "accumulation": 2, "ep_size": 2, "gradient_checkpointing": True, "activation_offload": True},
+]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "options"),
-    [
-        pytest.param(1, {"trainer_kind": "MoESFTTrainer", "recompute": "selective", "batch": 8}, id="SFT selective"),
-        pytest.param(
-            2,
-            {"ep_size": 2, "recompute": "selective", "activation_offload": True, "packed": True},
-            id="FSDP2 EP2 selective offload packed",
-        ),
-        pytest.param(
-            2,
-            {"ep_size": 2, "gradient_checkpointing": True, "activation_offload": True, "batch": 2, "accumulation": 2},
-            id="FSDP2 EP2 full offload accumulated",
-        ),
-    ],
-)
-def test_training(world_size, options, reference):
-    runs = run_on_ranks("tests.trainers.scenario:train", world_size, **({"batch": 4} | options))
-    for run in runs:
-        found = differences(run, reference)
-        assert max(found.values()) < 1e-6, found
+def test_training():
+    """SFT in one process; FSDP2 and expert parallelism with offload, packed and accumulated."""
+    reference, sft = run_on_ranks(RUNS, 1, runs=[{}, SELECTIVE_SFT])[0]
+    for runs in ([sft], *run_on_ranks(RUNS, 2, runs=ON_2_RANKS)):
+        for run in runs:
+            found = differences(run, reference)
+            assert max(found.values()) < 1e-6, found

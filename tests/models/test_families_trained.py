@@ -17,6 +17,7 @@ RUNS = {
     },
 }
 SPLIT = {"batch": 2, "accumulation": 2, "packed": True, "gradient_checkpointing": True, "ep_size": 2}
+SHARED = {**SPLIT, "batch": 4, "sp_size": 2}  # both ranks have the same rows, and half of the positions each
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,15 @@ def whole() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("gpt_oss", "MoETrainer"), ("deepseek_v3", "MoETrainer"), ("deepseek_v3", "MoESFTTrainer")],
+    ("name", "kind", "layout"),
+    [
+        ("gpt_oss", "MoETrainer", SPLIT),
+        ("deepseek_v3", "MoETrainer", SPLIT),
+        ("deepseek_v3", "MoESFTTrainer", SPLIT),
+        ("deepseek_v3", "MoESFTTrainer", SHARED),
+    ],
 )
-def test_split_over_ranks_experts_and_micro_batches(name, kind, whole):
-    for run in run_on_ranks("tests.trainers.scenario:train", 2, trainer_kind=kind, **RUNS[name], **SPLIT):
+def test_split_over_ranks_experts_and_micro_batches(name, kind, layout, whole):
+    for run in run_on_ranks("tests.trainers.scenario:train", 2, trainer_kind=kind, **RUNS[name], **layout):
         found = differences(run, whole[name])
         assert max(found.values()) < 2e-6, found

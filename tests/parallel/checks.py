@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Trainer
 
 from tests.moe.ep_cases import WAITING_OPERATORS, OperatorSpy
+from tests.parallel.loading import load
 from tests.tiny import build, moe_config
 from xtuner_hf import MoETrainer, MoETrainingArguments, Qwen3MoeForCausalLM
 from xtuner_hf.parallel.layout import ParallelLayout
@@ -26,8 +27,14 @@ def training_arguments(folder: str, **changes) -> MoETrainingArguments:
     return MoETrainingArguments(**(values | changes))
 
 
-def norms_and_optimizers() -> list[dict]:
-    return [norm_and_optimizer(copies) for copies in (1, 2)]
+def everything_on_4_ranks(large: str, small: str) -> dict:
+    """What tests/parallel/test_shard.py asks of four ranks, in one start."""
+    dist.init_process_group("gloo")
+    # First, while no memory lies free that loading could take without growing.
+    found: dict = {"large": load(large, [{"ep_size": 2}], compare=False)}
+    found["small"] = load(small, [{}, {"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}])
+    found["norms"] = [norm_and_optimizer(copies) for copies in (1, 2)]
+    return found
 
 
 def norm_and_optimizer(copies: int) -> dict:

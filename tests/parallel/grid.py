@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -13,26 +14,43 @@ from tests.trainers.scenario import train
 ROWS = 24
 STEPS = 3
 # All experts of rank 0 under EP 4, so that one rank computes nothing at all.
-COMMON = {"steps": STEPS, "num_rows": ROWS * STEPS, "idle_experts": (0, 1)}
+COMMON = {"steps": STEPS, "idle_experts": (0, 1)}
 
 
-def references(variants: list[dict]) -> list[dict]:
-    return [train(batch=ROWS, **(COMMON | variant)) for variant in variants]
+def _cells() -> dict[int, list[dict]]:
+    cells: dict[int, list[dict]] = {}
+    for ep_size, efsdp_size, copies, accumulation in product((1, 2, 4), (1, 2), (1, 2), (1, 3)):
+        layout = {"ep_size": ep_size, "dp_replicate_size": copies, "accumulation": accumulation}
+        cells.setdefault(ep_size * efsdp_size * copies, []).append(layout)
+    return dict(sorted(cells.items()))
 
 
-def run_layouts(layouts: list[dict], accelerate_fsdp: bool = False) -> list[dict]:
+# Number of ranks -> layouts: EP {1, 2, 4} x efsdp {1, 2} x copies {1, 2} x accumulation {1, 3}.
+CELLS = _cells()
+
+
+def references(variants: list[dict], rows: int = ROWS) -> list[dict]:
+    results = []
+    for variant in variants:
+        accumulation = variant.get("accumulation", 1)
+        results.append(train(batch=rows // accumulation, num_rows=rows * STEPS, **(COMMON | variant)))
+    return results
+
+
+def run_layouts(layouts: list[dict], through_accelerate: int = 0, rows: int = ROWS) -> list[dict]:
     """One result for each layout: trainer arguments, and `accumulation`.
 
     Args:
-        accelerate_fsdp: launch as with `distributed_type: FSDP` in the config.
+        through_accelerate: so many of them, the last ones, are launched as with `distributed_type: FSDP` in the config.
+        rows: of an optimizer step, whatever the layout.
     """
-    if accelerate_fsdp:
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     results = []
-    for layout in layouts:
+    for index, layout in enumerate(layouts):
+        if index == len(layouts) - through_accelerate:
+            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         options = {"accumulation": 1, **layout}
-        batch = ROWS * options.get("sp_size", 1) // options["accumulation"] // int(os.environ["WORLD_SIZE"])
-        results.append(train(batch=batch, **(COMMON | options)))
+        batch = rows * options.get("sp_size", 1) // options["accumulation"] // int(os.environ["WORLD_SIZE"])
+        results.append(train(batch=batch, num_rows=rows * STEPS, **(COMMON | options)))
         # Accelerate's state outlives a trainer, its mesh for HSDP too.
         AcceleratorState._reset_state()
     # Every rank computed the same; one copy is enough to compare, and quicker to hand over.

@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.trainers.scenario import full
@@ -44,7 +43,6 @@ class PeakMemory:
 def load(folder: str, layouts: list[dict], compare: bool = True) -> list[dict]:
     """What each rank holds of the checkpoint under each layout, and the peak of host memory while loading."""
     world_size = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
     results = []
     for sizes in layouts:
         layout = ParallelLayout(world_size=world_size, ranks_per_node=world_size, **sizes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import pytest
 import torch
 
@@ -72,10 +70,29 @@ def test_every_block_prefetches_the_next_and_its_experts(pretended):
     assert list(dict.fromkeys(found["backward"])) == backward
 
 
+FILE_SIZE = 30e6
+LARGE = {"num_experts": 16, "hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 9}
+FEW_EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1}
+
+
+def large_model() -> Qwen3MoeForCausalLM:
+    """102 MB."""
+    return build(Qwen3MoeForCausalLM, moe_config(**LARGE, mlp_only_layers=[1]))
+
+
 @pytest.fixture(scope="module")
-def norms() -> list[list[dict]]:
+def on_4_ranks(tmp_path_factory) -> list[dict]:
+    """By rank: a large checkpoint loaded, one of 2 experts loaded, norms and optimizers."""
+    large, small = tmp_path_factory.mktemp("large"), tmp_path_factory.mktemp("small")
+    large_model().save_pretrained(large, max_shard_size=int(FILE_SIZE))
+    build(Qwen3MoeForCausalLM, moe_config(**FEW_EXPERTS)).save_pretrained(small)
+    return run_on_ranks("tests.parallel.checks:everything_on_4_ranks", 4, large=str(large), small=str(small))
+
+
+@pytest.fixture(scope="module")
+def norms(on_4_ranks) -> list[list[dict]]:
     """By number of copies, then by rank."""
-    return list(zip(*run_on_ranks("tests.parallel.checks:norms_and_optimizers", 4), strict=True))
+    return list(zip(*(rank["norms"] for rank in on_4_ranks), strict=True))
 
 
 def test_norm_over_two_meshes(norms):
@@ -110,34 +127,21 @@ def test_vectors_do_not_decay():
     assert trainer.get_decay_parameter_names(model) == ["projection.weight"]
 
 
-def test_loading_takes_a_shard_and_a_file():
+def test_loading_takes_a_shard_and_a_file(on_4_ranks):
     """4 ranks: of 102 MB in files of 30, each rank needs memory for its quarter and one file at most."""
-    file_size = 30e6
-    with tempfile.TemporaryDirectory() as folder:
-        config = moe_config(
-            num_experts=16, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=9, mlp_only_layers=[1]
-        )
-        model = build(Qwen3MoeForCausalLM, config)
-        model.save_pretrained(folder, max_shard_size=int(file_size))
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        layouts = [{"ep_size": 2}]
-        for (found,) in run_on_ranks("tests.parallel.loading:load", 4, folder=folder, layouts=layouts, compare=False):
-            assert found["shard"] == pytest.approx(size / 4, rel=0.01)
-            assert found["peak"] < found["shard"] + file_size < 0.6 * size, found
+    size = sum(p.numel() * p.element_size() for p in large_model().parameters())
+    for (found,) in (rank["large"] for rank in on_4_ranks):
+        assert found["shard"] == pytest.approx(size / 4, rel=0.01)
+        assert 0.9 * found["shard"] < found["peak"] < found["shard"] + FILE_SIZE < 0.6 * size, found
 
 
-def test_loaded_shards_are_the_checkpoint():
+def test_loaded_shards_are_the_checkpoint(on_4_ranks):
     """With 2 experts on 4 ranks too, where a rank reads a part of every expert's columns."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = moe_config(num_experts=2, num_experts_per_tok=1)
-        model = build(Qwen3MoeForCausalLM, config)
-        model.save_pretrained(folder)
-        layouts = [{}, {"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}]
-        found = run_on_ranks("tests.parallel.loading:load", 4, folder=folder, layouts=layouts)
-    expected = model.state_dict()
-    for rank in found:
-        for run in rank:
+    expected = build(Qwen3MoeForCausalLM, moe_config(**FEW_EXPERTS)).state_dict()
+    for rank in on_4_ranks:
+        for run in rank["small"]:
             assert run["state"].keys() == expected.keys()
             assert all(torch.equal(run["state"][name], tensor) for name, tensor in expected.items())
-    assert "Shard(dim=2)" in found[0][0]["placements"]["model.layers.0.mlp.experts.gate_up_proj"]
-    assert "Shard(dim=1)" in found[0][0]["placements"]["model.layers.0.mlp.experts.down_proj"]
+    placements = on_4_ranks[0]["small"][0]["placements"]
+    assert "Shard(dim=2)" in placements["model.layers.0.mlp.experts.gate_up_proj"]
+    assert "Shard(dim=1)" in placements["model.layers.0.mlp.experts.down_proj"]

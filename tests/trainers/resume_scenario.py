@@ -88,12 +88,27 @@ class Best(TrainerCallback):
 
 
 def train(
-    output_dir: str, resume=None, stop_after: int | None = None, best_step: int | None = None, **arguments
+    output_dir: str,
+    resume=None,
+    stop_after: int | None = None,
+    best_step: int | None = None,
+    accelerate_fsdp: bool = False,
+    export_to: str | None = None,
+    **arguments,
 ) -> dict:
-    """One run; the losses it logged, the state it ended with, and the checkpoints on disk."""
+    """One run; the losses it logged, the state it ended with, and the checkpoints on disk.
+
+    Args:
+        accelerate_fsdp: launch as with `distributed_type: FSDP` in the config.
+        export_to: a folder for `save_model`.
+    """
+    if accelerate_fsdp:
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     recorder = Recorder()
     trainer = make_trainer(output_dir, callbacks=[recorder, Stop(stop_after), Best(best_step)], **arguments)
     trainer.train(resume_from_checkpoint=resume)
+    if export_to is not None:
+        trainer.save_model(export_to)
     optimizer = {}
     for name, parameter in trainer.model.named_parameters():
         entries = trainer.optimizer.optimizer.state.get(parameter, {})
@@ -105,6 +120,7 @@ def train(
         "optimizer": optimizer,
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "checkpoints": sorted(path.name for path in Path(output_dir).glob("*checkpoint-*")),
+        "door": str(trainer.accelerator.distributed_type),
         "best": trainer.state.best_model_checkpoint,
     }
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import tempfile
 
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+import xtuner_hf
 from tests.families import FAMILIES
 from tests.tiny import uneven_rows
+from xtuner_hf.data import PackedCollator
+
+# Imported here and not by each rank (tests/ranks.py).
+TRAINERS = {"MoETrainer": xtuner_hf.MoETrainer, "MoESFTTrainer": xtuner_hf.MoESFTTrainer}
 
 BALANCE = {
     "router_aux_loss_coef": 0.05,
@@ -60,9 +66,6 @@ def train(
 
     `config` changes the family's configuration, `init` goes to the model's constructor. `idle_experts` get no token.
     """
-    import xtuner_hf
-    from xtuner_hf.data import PackedCollator
-
     changes = {"router_correction_bias": True} if family == "qwen3_moe" else {}
     model = FAMILIES[family].ours(dtype, init=init, **changes, **(config or {}))
     for name, bias in model.named_buffers():
@@ -76,7 +79,6 @@ def train(
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_steps=steps,
-            learning_rate=1e-3,
             max_grad_norm=0.5,
             logging_steps=1,
             save_strategy="no",
@@ -87,7 +89,7 @@ def train(
             remove_unused_columns=False,
             seed=3,
             **({"dataset_kwargs": {"skip_prepare_dataset": True}} if trainer_kind == "MoESFTTrainer" else {}),
-            **(BALANCE | {"experts_kernel": "reference"} | arguments),
+            **(BALANCE | {"experts_kernel": "reference", "learning_rate": 1e-3} | arguments),
         )
         keywords = {
             "data_collator": PackedCollator(pad_token_id=0, padding_free=packed, pad_to_multiple_of=pad_to_multiple_of),
@@ -96,10 +98,19 @@ def train(
         }
         if trainer_kind == "MoESFTTrainer":
             keywords["processing_class"] = tiny_tokenizer()
-        trainer = getattr(xtuner_hf, trainer_kind)(model=model, args=args, **keywords)
+        trainer = TRAINERS[trainer_kind](model=model, args=args, **keywords)
         trainer.train()
     state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
     return {"logs": recorder.logs, "grads": recorder.grads, "state": state}
+
+
+def train_each(runs: list[dict]) -> list[dict]:
+    """`train` with each of these arguments, one run after the other in the same processes."""
+    results = []
+    for run in runs:
+        results.append(train(**run))
+        AcceleratorState._reset_state()  # it outlives a trainer
+    return results
 
 
 def tiny_tokenizer():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,22 @@ def test_history_of_a_resumed_run_drops_what_the_resumed_run_does_again(tmp_path
     write_run(tmp_path, 5)
     write_run(tmp_path, 2, start=3)
     assert [entry["step"] for entry in read_history(tmp_path / HISTORY_FILE)] == [1, 2, 3, 4, 5, 5]
+
+
+def test_a_kill_while_a_resumed_run_drops_entries_loses_none(tmp_path, monkeypatch):
+    """The old file stays until the new one is complete."""
+    write_run(tmp_path, 5)
+    before = read_history(tmp_path / HISTORY_FILE)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    for moment in ("write_text", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, moment, killed)
+            with pytest.raises(KeyboardInterrupt):
+                write_run(tmp_path, 2, start=3)
+        assert read_history(tmp_path / HISTORY_FILE) == before
 
 
 def test_a_history_that_a_kill_cut_short_is_read_up_to_there(tmp_path):

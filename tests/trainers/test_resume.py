@@ -7,10 +7,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.ranks import REPO, run_on_ranks
 from tests.trainers import resume_scenario
 from xtuner_hf.checkpoint.folder import MARKER, CheckpointError
+from xtuner_hf.cli import main
 
 TRAIN = "tests.trainers.resume_scenario:train"
 
@@ -69,8 +71,9 @@ def test_logs_of_several_steps_go_on(tmp_path):
     assert_equal_bits(run, reference)
 
 
-def test_other_layouts_are_equal_to_rounding(tmp_path):
-    """World 4 with experts over ep (4), then over efsdp x ep (2 x 2), world 2 with ep 1, one process; two steps each.
+def test_other_layouts_and_doors_are_equal_to_rounding(tmp_path):
+    """Each job goes on for two steps where the one before stopped: EP 4 -> 2 -> 1, 4 ranks -> 2 -> 1, and from one door
+    to the other. What each exports is what `xtuner-hf convert` makes of its last checkpoint, to the last bit.
 
     fp64 and no dropout, so that only the layout differs; the router's and the head's softmax stay fp32.
     """
@@ -79,16 +82,41 @@ def test_other_layouts_are_equal_to_rounding(tmp_path):
         "experts_kernel": "reference",
         "no_dropout": True,
         "save_steps": 2,
-        "max_steps": 8,
+        "max_steps": 10,
     }
-    reference = resume_scenario.train(str(tmp_path / "one"), **options)
-    options |= {"output_dir": str(tmp_path / "many")}
-    run_on_ranks(TRAIN, 4, ep_size=4, stop_after=2, per_device_train_batch_size=1, **options)
-    second = run_on_ranks(TRAIN, 4, ep_size=2, stop_after=4, resume=True, per_device_train_batch_size=1, **options)[0]
-    third = run_on_ranks(TRAIN, 2, stop_after=6, resume=True, per_device_train_batch_size=2, **options)[0]
-    last = resume_scenario.train(resume=True, **options)
-    assert [sorted(run["losses"]) for run in (second, third, last)] == [[3, 4], [5, 6], [7, 8]]
+    reference = resume_scenario.train(str(tmp_path / "one"), export_to=str(tmp_path / "reference"), **options)
+    options |= {"output_dir": str(tmp_path / "many"), "resume": "auto"}
+    jobs = [
+        (4, {"ep_size": 4}),
+        (4, {"ep_size": 2, "accelerate_fsdp": True}),
+        (2, {"ep_size": 1}),
+        (2, {"ep_size": 2, "accelerate_fsdp": True}),
+    ]
+    for index, (num_ranks, layout) in enumerate(jobs):
+        step = 2 * (index + 1)
+        exported, converted = tmp_path / f"exported-{step}", tmp_path / f"converted-{step}"
+        run = run_on_ranks(
+            TRAIN,
+            num_ranks,
+            stop_after=step,
+            per_device_train_batch_size=4 // num_ranks,
+            export_to=str(exported),
+            **options,
+            **layout,
+        )[0]
+        assert ("FSDP" in run["door"]) == ("accelerate_fsdp" in layout)
+        assert sorted(run["losses"]) == [step - 1, step]
+        assert all(loss == pytest.approx(reference["losses"][at], rel=1e-5) for at, loss in run["losses"].items())
+        main(["convert", str(tmp_path / "many" / f"checkpoint-{step}"), str(converted)])
+        found, expected = (load_file(folder / "model.safetensors") for folder in (converted, exported))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    last = resume_scenario.train(export_to=str(tmp_path / "exported"), **options)
+    assert sorted(last["losses"]) == [9, 10]
     assert_close(last, reference, 1e-5)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("exported", "reference"))
+    assert found.keys() == expected.keys()
+    assert all((found[name] - tensor).abs().max() < 1e-5 for name, tensor in expected.items())
 
 
 def test_adapters(tmp_path):

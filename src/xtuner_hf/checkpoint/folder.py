@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MARKER = "checkpoint.json"
+SHARDS = "dcp"
 _INCOMPLETE = "incomplete-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 

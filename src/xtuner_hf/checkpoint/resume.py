@@ -32,9 +32,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from .folder import CheckpointError
+from .folder import SHARDS, CheckpointError
 
-SHARDS = "dcp"
 GROUPS_FILE = "optimizer_groups.pt"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 # What compilation and activation checkpointing put into parameter names.

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from .folder import MARKER
 from .hub_config import to_hub_dialect, write_hub_config
 
 # Weights, and what says things of the source that are not true of a trained model.
 NOT_CARRIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 _NOT_CARRIED = (
     *("config.json", "generation_config.json", "README.md"),
-    *("trainer_state.json", "history.jsonl", "training.png"),  # of the run that made the source
+    *("trainer_state.json", "history.jsonl", "training.png", MARKER),  # of the run that made the source
 )
+# Where transformers saves further chat templates of a tokenizer.
+_TEMPLATES = "additional_chat_templates"
 # Entries that loading and training set for themselves; they say nothing about the model.
 _RUN_TIME_KEYS = (
     "_attn_implementation",
@@ -65,6 +68,9 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         if is_carried and not path.name.endswith(NOT_CARRIED_SUFFIXES) and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)  # follows the links of the Hub's cache
             copied.append(path.name)
+    if (source / _TEMPLATES).is_dir() and not (target / _TEMPLATES).exists():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
+        copied.append(_TEMPLATES)
     return copied
 
 

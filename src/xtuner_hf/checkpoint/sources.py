@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from .._compat import compute_local_shape_and_global_offset
-from .resume import SHARDS
+from .folder import SHARDS
 
 
 class Box(NamedTuple):

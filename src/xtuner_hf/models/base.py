@@ -20,6 +20,7 @@ from ..checkpoint.dequantise_on_load import (
     refuse_ignored_scales,
     side_folder,
 )
+from ..checkpoint.folder import SHARDS
 from ..checkpoint.side_files import write_side_files
 from ..memory.recompute import LayerCheckpoint
 from ..moe.experts import implementation_name
@@ -90,6 +91,7 @@ class HubModelMixin(_Base):
         """
         # Tensors of another shape would be an error of transformers' own, which names none of them.
         allow_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
+        _refuse_training_checkpoint(pretrained_model_name_or_path)
         with fail_together(sharded=kwargs.get("distributed_config") is not None):
             arguments = kwargs
             name, kwargs, source_folder = dequantising_arguments(cls, pretrained_model_name_or_path, kwargs)
@@ -219,6 +221,15 @@ def fail_together(sharded: bool) -> Iterator[None]:
             problem = (IncompleteCheckpointError if is_incomplete else RuntimeError)(f"on rank {rank}: {message}")
     if problem is not None:
         raise problem
+
+
+def _refuse_training_checkpoint(name: Any) -> None:
+    folder = Path(name) if name is not None else None
+    if folder is not None and (folder / SHARDS).is_dir():
+        raise IncompleteCheckpointError(
+            f"{folder} is a training checkpoint: it holds the shards of a run, for resume_from_checkpoint, and no Hub "
+            f"weights. Make a Hub checkpoint of it first: `xtuner-hf convert {folder} OUT`."
+        )
 
 
 def _refuse_incomplete(model: HubModelMixin, source, missing: set[str], other_shapes: set) -> None:

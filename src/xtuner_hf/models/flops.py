@@ -62,18 +62,30 @@ def _trained_depths(model: Any) -> int:
 
 def _matrix_flops_per_token(model: nn.Module, depths: int) -> float:
     config, total = _text_config(model), 0.0
+    share = _share_of_experts_met(model)
     for name, module in model.named_modules():
         layer = _LAYER.search(name)
         if layer and int(layer[1]) >= config.num_hidden_layers + depths:
             continue
         if isinstance(module, nn.Linear):
             # Each depth of multi-token prediction goes through the head once more.
-            total += _flops(module.weight) * (1 + depths if isinstance(module, LMHead) else 1)
-        elif hasattr(module, "num_experts") and hasattr(module, "down_proj"):
+            times = 1 + depths if isinstance(module, LMHead) else share.get(module, 1.0)
+            total += _flops(module.weight) * times
+        elif hasattr(module, "num_experts") and "down_proj" in dict(module.named_parameters(recurse=False)):
             weights_EXX = [parameter for parameter in module.parameters() if parameter.dim() == 3]
             # Not `module.num_experts`: under expert parallelism that is the number on this rank.
             total += sum(_flops(weight) * config.num_experts_per_tok / weight.shape[0] for weight in weights_EXX)
     return total
+
+
+def _share_of_experts_met(model: nn.Module) -> dict[nn.Module, float]:
+    """Of the factors that PEFT keeps for all experts of a layer in one matrix, the part that a token meets."""
+    share: dict[nn.Module, float] = {}
+    for wrapper in model.modules():
+        if hasattr(wrapper, "parameter_name") and hasattr(wrapper, "lora_A"):  # PEFT's ParamWrapper
+            met = _text_config(model).num_experts_per_tok / wrapper.num_experts
+            share |= {factor: met for factors in (wrapper.lora_A, wrapper.lora_B) for factor in factors.values()}
+    return share
 
 
 def _flops(weight: torch.Tensor) -> float:

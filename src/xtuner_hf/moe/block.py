@@ -30,7 +30,12 @@ class SparseMoEBlock(nn.Module):
         """[B, S, H] -> [B, S, H] in the same dtype."""
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
         routing = getattr(self, self.router_name)(hidden_TH, layout)
+        # Under expert parallelism, how many tokens go where travels to the host behind the shared experts.
+        dispatcher = getattr(self.experts, "ep_dispatcher", None)
+        if dispatcher is not None:
+            dispatcher.start(routing.topk_ids_TK)
+        shared_BSH = None if self.shared_experts is None else self.shared_experts(hidden_BSH)
         output_TH = self.experts(hidden_TH, routing.topk_ids_TK, routing.weights_TK)
         # Weights are fp32; an implementation that multiplies by them hands back fp32.
         output_BSH = output_TH.to(hidden_BSH.dtype).view_as(hidden_BSH)
-        return output_BSH if self.shared_experts is None else output_BSH + self.shared_experts(hidden_BSH)
+        return output_BSH if shared_BSH is None else output_BSH + shared_BSH

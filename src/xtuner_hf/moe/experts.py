@@ -22,9 +22,15 @@ def expert_weights(experts: Any) -> ExpertWeights:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     if not experts.is_transposed:
         gate_up, down = gate_up.transpose(-2, -1), down.transpose(-2, -1)
-    if not experts.has_bias:
-        return ExpertWeights(gate_up, down, experts._apply_gate)
-    return ExpertWeights(gate_up, down, experts._apply_gate, experts.gate_up_proj_bias, experts.down_proj_bias)
+    weights = ExpertWeights(gate_up, down, experts._apply_gate)
+    if experts.has_bias:
+        weights = weights._replace(gate_up_bias_EF=experts.gate_up_proj_bias, down_bias_EH=experts.down_proj_bias)
+    # Set by moe/lora.py for an adapted forward. Only in here do weights of FSDP have the dtype of the computation.
+    adapters = {name: factors.to(gate_up.dtype) for name, factors in getattr(experts, "adapters", {}).items()}
+    return weights._replace(
+        gate_up_adapter=adapters.get("gate_up_proj"),
+        down_adapter=adapters.get("down_proj"),
+    )
 
 
 def run_experts(kernel_name: str, experts: Any, hidden_TH, topk_ids_TK, weights_TK) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import PreTrainedModel
 
 from .._compat import initialize_distributed_mesh, launched_fsdp_version
+from .adapters import base_model, is_adapted, shard_adapters, without_adapters
 from .layout import ParallelLayout
 from .shard import shard_experts
 
@@ -109,6 +110,9 @@ class MoEParallelPlugin(FullyShardedDataParallelPlugin):
         """Apply expert parallelism and shard the experts; `Accelerator.prepare` leaves sharded modules alone.
 
         To be called once, before the optimizer is made; on a model that is sharded already it does nothing.
+
+        Args:
+            model: of this package, or PEFT around one.
         """
         assert self.layout is not None
         if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -126,5 +130,9 @@ class MoEParallelPlugin(FullyShardedDataParallelPlugin):
             bf16=policy is not None and policy.param_dtype == torch.bfloat16, ep_implementation=self.ep_implementation
         )
         _, mesh = initialize_distributed_mesh(config)
-        if mesh is not None:
-            shard_experts(model, config, mesh, self.cpu_offload or None)
+        if mesh is None:
+            return
+        with without_adapters(model):
+            shard_experts(base_model(model), config, mesh, self.cpu_offload or None)
+        if is_adapted(model):
+            shard_adapters(model, config, mesh, self.cpu_offload or None)

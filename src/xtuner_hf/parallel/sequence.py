@@ -73,10 +73,15 @@ class SequenceParallelModel:
         labels_BL = F.pad(labels_BL, (0, shard.real_BL.shape[1] - length), value=IGNORE_INDEX)
         inputs["num_items_in_batch"] = num_items
         if inputs.get("fused_lm_head"):
+            further = inputs.get("further")
+            if further is not None:
+                further.labels_BS = labels_BL
             outputs = self.model(**inputs, shift_labels=shard.take(shift_left(labels_BL, 1, IGNORE_INDEX)))
             for name in PER_TOKEN:
                 if outputs.get(name) is not None:
                     outputs[name] = _Gather.apply(outputs[name], self.ranks)[:, : length - 1]
+            if further is not None:
+                further.loss_sum = _Sum.apply(further.loss_sum, self.ranks)
         elif inputs.get("chunked_loss"):
             outputs = self.model(**inputs, labels=labels_BL)
             if outputs.get("mtp_loss") is not None:

@@ -104,7 +104,8 @@ class MoEArguments:
         metadata={
             "help": "Step of the correction bias after each optimizer step (auxiliary-loss-free balancing). Needs a "
             "model whose routers have such a bias. None takes the family's published value (1e-3 for DeepSeek V3 and "
-            "its relatives, else 0), 0 freezes the bias: usual in short fine-tuning."
+            "its relatives, else 0; 0 for adapters, which do not hold it), 0 freezes the bias: usual in short "
+            "fine-tuning."
         },
     )
     mtp_loss_coef: float | None = field(

@@ -27,6 +27,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
 
 from ..checkpoint import folder as folders
+from ..checkpoint.adapter import export_merged, write_adapter, write_adapter_config
 from ..checkpoint.export import export_to_hub, write_configs
 from ..checkpoint.folder import CheckpointError
 from ..checkpoint.resume import (
@@ -38,6 +39,7 @@ from ..checkpoint.resume import (
     training_state,
 )
 from ..models.base import HubModelMixin
+from ..parallel.adapters import base_model, is_adapted
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -124,6 +126,7 @@ class CheckpointingMixin(_Base):
             "step": self.state.global_step,
             "world_size": self.args.world_size,
             "rows_per_step": self.get_total_train_batch_size(self.args),
+            "model_type": base_model(self.model).config.model_type,
             "resumable": not self.args.save_only_model,
         }
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
@@ -148,6 +151,8 @@ class CheckpointingMixin(_Base):
         self._save_companions(folder)
         if isinstance(self.model, HubModelMixin):
             write_configs(self.model, folder)
+        elif is_adapted(self.model):
+            write_adapter_config(self.model, folder)
 
     def _save_companions(self, folder: Path) -> None:
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -176,10 +181,10 @@ class CheckpointingMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model as the Hub has it, each tensor by a rank that owns it."""
-        if not isinstance(self.model, HubModelMixin):  # PEFT around it: the adapter alone
-            super().save_model(output_dir, _internal_call)
-            return
         folder = Path(output_dir or self.args.output_dir)
+        if is_adapted(self.model):
+            self._save_adapter(folder, _internal_call)
+            return
         # The parent's own calls with a folder save checkpoint-N, which keeps the dtype that training goes on in.
         is_checkpoint = _internal_call and output_dir is not None
         dtype = None if is_checkpoint else self.args.exported_dtype
@@ -188,6 +193,27 @@ class CheckpointingMixin(_Base):
             self._save_companions(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_adapter(self, folder: Path, _internal_call: bool) -> None:
+        """As PEFT has it, from whatever layout."""
+        write_adapter(self.model, folder, self._host_group)
+        if self.is_world_process_zero():
+            self._save_companions(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_merged_model(self, output_dir: str) -> None:
+        """Write the model with its adapters merged into the weights, as the Hub has models. Collective.
+
+        What `save_model` does for a model without adapters: each expert is merged and written by a rank that owns it.
+        The running model stays as it is.
+
+        Raises:
+            ExportError: for adapters that are not plain LoRA.
+        """
+        export_merged(self.model, Path(output_dir), dtype=self.args.exported_dtype, group=self._host_group)
+        if self.is_world_process_zero():
+            self._save_companions(Path(output_dir))
 
     # ---- reading ----
 

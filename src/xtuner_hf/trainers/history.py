@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..checkpoint.folder import fsync
+
 HISTORY_FILE = "history.jsonl"
 
 
@@ -34,7 +36,11 @@ class HistoryCallback(TrainerCallback):
         self._path = Path(args.output_dir) / HISTORY_FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_history(self._path) if entry["step"] <= state.global_step]
-        self._path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        # A kill leaves the old file or the new one.
+        new = self._path.with_name(f"{HISTORY_FILE}.incomplete")
+        new.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        fsync(new)
+        new.replace(self._path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         load, self._load = self._load, None

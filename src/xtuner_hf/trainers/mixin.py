@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,23 @@ from transformers import ProgressCallback as BarCallback
 from .. import __version__
 from ..checkpoint.model_card import correct_card
 from ..memory.optimizer import StepsInBackward, finish_optimizer, optimizer_class
-from ..models.base import HubModelMixin
 from ..models.moe_model import BalanceDefaults
 from ..moe.balance import BalanceConfig, LoadBalancer
 from ..moe.replay import freeze_routers
 from ..moe.tokens import TokenLayout
+from ..parallel.adapters import base_model, is_adapted
 from .arguments import MoEArguments
 from .checkpointing import CheckpointingMixin
 from .figure import FIGURE_FILE, draw_training
 from .history import HISTORY_FILE, HistoryCallback
 from .progress import ProgressLineCallback
 from .sequence import SequenceParallelMixin
-from .setup import check_dataset, check_output_dir, prepare_model
+from .setup import check_dataset, check_output_dir, place_adapters, prepare_model
 from .sharding import ShardingMixin
 from .stability import StabilityMixin
 from .throughput import ThroughputMeter
+
+logger = logging.getLogger(__name__)
 
 
 class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin, ShardingMixin):
@@ -58,6 +61,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
             check_dataset(keywords.get(name), name)
         training_args: Any = args  # one of the two classes that join ours with transformers' or TRL's
         super().__init__(prepare_model(model, args), training_args, *positional, **keywords)
+        place_adapters(self.model, args)
         if args.freeze_router:
             freeze_routers(self.model)
         self._batches: list[dict] = []
@@ -76,7 +80,13 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
         def chosen(value: float | None, default: float) -> float:
             return default if value is None else value
 
-        self._bias_update_rate = chosen(args.router_bias_update_rate, published.bias_update_rate)
+        adapted = is_adapted(self.model)
+        self._bias_update_rate = chosen(args.router_bias_update_rate, 0.0 if adapted else published.bias_update_rate)
+        if adapted and self._bias_update_rate:
+            logger.warning(
+                "router_bias_update_rate moves correction biases of the base model, which a saved adapter does not "
+                "hold: leave it at 0, or export with save_merged_model()."
+            )
         balance = LoadBalancer.attach(
             self.model,
             BalanceConfig(
@@ -225,10 +235,6 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
 
     # ---- what a run hands out ----
 
-    @property
-    def _base_model(self) -> HubModelMixin:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
     def create_model_card(self, *positional: Any, **keywords: Any) -> None:
         """As the parent's, with what it guesses about the weights' and the data's origins put right."""
         super().create_model_card(*positional, **keywords)
@@ -244,7 +250,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
             trainer=ours.__name__,
             parent=f"{parent.__module__.split('.')[0]}.{parent.__name__}",
             version=__version__,
-            loaded_from=said.get("finetuned_from") or self._base_model.loaded_from,
+            loaded_from=said.get("finetuned_from") or base_model(self.model).loaded_from,
             data_is_named=any(said.get(name) for name in ("dataset", "dataset_name", "dataset_tags")),
             pushed=self.hub_model_id is not None,
         )

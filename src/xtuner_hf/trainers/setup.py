@@ -17,7 +17,9 @@ from ..attention.varlen import VARLEN_ATTENTION, attention_refusal
 from ..memory.recompute import set_recompute
 from ..models.auto import AutoModelForCausalLM
 from ..models.base import HubModelMixin
+from ..parallel.adapters import base_model, is_adapted, shard_adapters, without_adapters
 from ..parallel.layout import ParallelLayout
+from ..parallel.prefetch import set_prefetch
 from ..parallel.shard import copy_from_rank_0, is_sharded, shard_model, sum_gradients
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     """Our model, with the experts kernel asked for and, unless Accelerate does it later, sharded over the processes.
 
     Args:
-        model: a model of this package (PEFT around it is fine in one process), or the name of a checkpoint, of which
+        model: a model of this package, PEFT around it or not, or the name of a checkpoint, of which
             each process then reads only its shard.
         args: of one of our trainers.
 
@@ -81,13 +83,13 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     if shards_with_accelerate(args):
         check_accelerate_door(model)
     model = _load(model, layout, args) if isinstance(model, str) else _adopt(model, layout, args)
-    _check_mtp(_base_model(model), args)
+    _check_mtp(base_model(model), args)
     if layout.sp_size > 1:
-        check_attention(_base_model(model).config.get_text_config(), layout.sp_size)
+        check_attention(base_model(model).config.get_text_config(), layout.sp_size)
     if args.world_size > 1 and args.process_index == 0:
-        _announce(f"{layout.describe(num_experts(_base_model(model)))}\n{layout.picture()}")
+        _announce(f"{layout.describe(num_experts(base_model(model)))}\n{layout.picture()}")
     sum_gradients(model)
-    set_recompute(_base_model(model), args.recompute or "full", offload=args.activation_offload, device=args.device)
+    set_recompute(base_model(model), args.recompute or "full", offload=args.activation_offload, device=args.device)
     return model
 
 
@@ -102,6 +104,24 @@ def check_attention(config: Any, sp_size: int) -> None:
         raise ValueError(attention_refusal(config._attn_implementation))
 
 
+def place_adapters(model: nn.Module, args: Any) -> None:
+    """Put adapters of fused experts where the experts are computed, however PEFT came around the model.
+
+    (Accelerate's door does it when it shards the experts.)
+    """
+    if not is_adapted(model):
+        return
+    base = base_model(model)
+    if is_sharded(base):
+        shard_adapters(model, base.config.distributed_config, base._mesh_manager)
+        sum_gradients(model)
+        set_prefetch(base)
+    elif args.world_size == 1:
+        from ..moe.lora import adopt_wrappers
+
+        adopt_wrappers(model)
+
+
 def _announce(message: str) -> None:
     """Log at INFO, and be seen also where nobody has set up logging."""
     if not logger.hasHandlers():
@@ -111,13 +131,8 @@ def _announce(message: str) -> None:
     logger.info(message)
 
 
-def _base_model(model: Any) -> Any:
-    """The model that PEFT stands around, or itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _adopt(model: Any, layout: ParallelLayout, args: Any) -> nn.Module:
-    base = _base_model(model)
+    base = base_model(model)
     if not isinstance(base, HubModelMixin):
         raise TypeError(
             f"The model is a {type(base).__module__}.{type(base).__name__}; this trainer needs one of xtuner_hf: "
@@ -133,14 +148,12 @@ def _adopt(model: Any, layout: ParallelLayout, args: Any) -> nn.Module:
     if is_sharded(base):
         _check_loaded_layout(base.config.distributed_config, layout)
         return model
-    if base is not model:
-        raise ValueError(
-            "A PEFT model is not sharded yet: train it in one process, or train the full model on several."
-        )
     if shards_with_accelerate(args):
         copy_from_rank_0(base, args.device)
         return model
-    return shard_model(base, _distributed_config(layout, args))
+    with without_adapters(model):
+        shard_model(base, _distributed_config(layout, args))
+    return model
 
 
 def _load(name: str, layout: ParallelLayout, args: Any) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from ..data.conversation import MalformedRow, check_conversation
 from ..data.packing import fit_rows, pack_rows
 from ..data.report import warn
 from ..data.tokenize import require_chat_template, tokenize_conversations, training_chat_template
+from ..parallel.adapters import base_model
 from .arguments import MoESFTConfig
 from .setup import check_dataset
 from .trl import TRLTrainerMixin
@@ -61,7 +62,7 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
             self.data_collator = PackedCollator(**vars(self.data_collator))
 
     def _check_further_tokens(self) -> None:
-        coef = getattr(self._base_model, "mtp_loss_coef", None)
+        coef = getattr(base_model(self.model), "mtp_loss_coef", None)
         is_plain = self.args.loss_type == "nll" and self.compute_loss_func is None and self.label_smoother is None
         if coef and not is_plain:
             raise ValueError(
@@ -70,7 +71,7 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        base = self._base_model
+        base = base_model(self.model)
         further = base.further_tokens(inputs["labels"]) if base.supports_mtp else None
         if further is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from .._compat import use_fsdp_on_cpu
+from ..parallel.adapters import sync_replicated_parameters
 from ..parallel.grad_norm import clip_grad_norm
 from ..parallel.plugin import MoEParallelPlugin
 from ..parallel.prefetch import set_prefetch
@@ -71,6 +72,11 @@ class ShardingMixin(_Base):
             sum_gradients(self.model)
             set_prefetch(self.model)
         return prepared
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        # transformers' own takes the mean of their gradients.
+        if self.args.world_size > 1:
+            sync_replicated_parameters(model, lambda: self.accelerator.sync_gradients)
 
     def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
         # Our norm fits a single mesh too, and is the same to the last bit on all ranks.
