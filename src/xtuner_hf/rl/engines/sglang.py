@@ -73,8 +73,8 @@ class SglangEngine(HttpEngine):
         )
 
     def _routes(self, text: str, num_tokens: int) -> torch.Tensor:
-        flat = torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.int32).copy())
-        return flat.reshape(num_tokens, *self._route_shape)
+        flat = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.int32)
+        return torch.from_numpy(flat.reshape(num_tokens, *self._route_shape).copy())
 
     def _score_request(self, token_ids: list[int]) -> tuple[str, dict]:
         params = {"max_new_tokens": 0, "temperature": 1.0}
