@@ -1,4 +1,4 @@
-"""A small MoE with random weights learns a task by reinforcement alone, with GRPO and with DAPO; half a minute on a CPU.
+"""A small MoE with random weights learns a task by reinforcement alone, with GRPO and with DAPO; 15 s on a CPU.
 
     python examples/grpo.py --output_dir grpo_output
 

@@ -1,4 +1,4 @@
-"""The clients against a server that speaks the engines' protocols, well and badly: an answer or an error, never a hang."""
+"""The clients against a server that speaks the protocols, well and badly: an answer or an error, never a hang."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_is_refused_is_not_tried_again(engine):
 def test_the_deadline_is_for_the_whole_call(engine):
     with EngineServer("sglang", engine, ["hang"], forever=True) as server:
         started = time.monotonic()
-        with pytest.raises(EngineError, match="within the deadline of 0.7 s"):
+        with pytest.raises(EngineError, match=r"within the deadline of 0\.7 s"):
             server.client(deadline=0.7, try_timeout=60).generate(PROMPTS, SAMPLING)
         assert time.monotonic() - started < 3
 
