@@ -45,8 +45,7 @@ class SafetensorsTransfer(WeightTransferEngine[NothingToInit, Files]):
         pass
 
     def start_weight_update(self) -> None:
-        if current_platform.is_cpu():
-            _pack_experts_again(self.model)
+        self._old_kernels = _take_expert_kernels(self.model) if current_platform.is_cpu() else []
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Files) -> None:
@@ -57,21 +56,27 @@ class SafetensorsTransfer(WeightTransferEngine[NothingToInit, Files]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._old_kernels:
+            if method.moe_kernel is None:  # no new experts came for it
+                method.moe_kernel = kernel
 
     def shutdown(self) -> None:
         pass
 
 
-def _pack_experts_again(model) -> None:
-    """Let vLLM set up its experts' kernel anew when they are loaded.
+def _take_expert_kernels(model) -> list[tuple[Any, Any]]:
+    """Let vLLM set up the kernels of experts anew when they are loaded; returns the old ones, by quantisation method.
 
-    On a CPU it packs experts while it sets that kernel up, and on a reload it sets nothing up: they would stay as they
+    On a CPU it packs experts while it sets a kernel up, and on a reload it keeps the kernel: they would stay as they
     are in the file, and every answer would be wrong without an error.
     """
+    taken = []
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
+            taken.append((method, method.moe_kernel))
             method.moe_kernel = None
+    return taken
 
 
 class SafetensorsWorker:
