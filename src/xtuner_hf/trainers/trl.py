@@ -47,7 +47,8 @@ def named_arguments(trainer: type, positional: tuple, keywords: dict[str, Any]) 
 
 def has_adapters(model: Any, arguments: dict[str, Any]) -> bool:
     """Whether the policy is trained through adapters; without them it is its own reference."""
-    return is_peft_model(model) or arguments.get("peft_config") is not None
+    is_wrapped = not isinstance(model, str) and is_peft_model(model)
+    return is_wrapped or arguments.get("peft_config") is not None
 
 
 def prepare_reference(model: Any, args: Any) -> nn.Module:
