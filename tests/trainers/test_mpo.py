@@ -65,12 +65,22 @@ def test_two_processes(whole):
 
 
 def test_a_resumed_run_goes_on_with_the_shift():
-    # A dense model: what is in question is the shift, and transformers' own resume cannot read experts back.
-    settings = {"dense": True, "steps": 3, "lr_scheduler_type": "constant"}
+    settings = KERNEL | {"steps": 3, "lr_scheduler_type": "constant"}
     reference = train("MoEMPOTrainer", **settings)
     resumed = train("MoEMPOTrainer", resume_at=2, **settings)
     assert resumed["shifts"] == pytest.approx(reference["shifts"], rel=1e-6)
     assert resumed["logs"][-1]["loss"] == pytest.approx(reference["logs"][-1]["loss"], rel=1e-6)
+
+
+def test_a_resumed_run_on_two_processes(tmp_path):
+    """With expert parallelism: the shift, the weights and the optimizer go on where they were."""
+    settings = KERNEL | {"kind": "MoEMPOTrainer", "steps": 3, "lr_scheduler_type": "constant"}
+    reference = train(**settings)
+    run = settings | {"batch": 2, "accumulation": 2, "ep_size": 2, "resume_at": 2, "folder": str(tmp_path)}
+    for (resumed,) in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=[run]):
+        assert resumed["shifts"] == pytest.approx(reference["shifts"], rel=1e-6)
+        assert resumed["logs"][-1]["loss"] == pytest.approx(reference["logs"][-1]["loss"], rel=1e-6)
+        assert worst(resumed["grads"][-1], reference["grads"][-1]) < 1e-5
 
 
 def test_lagged_and_no_shift():

@@ -24,6 +24,12 @@ SIGNATURES = {
         "_generate_and_score_completions": ["self", "inputs"],
         "_prepare_inputs": ["self", "generation_batch"],
     },
+    "KTOTrainer": {
+        "_compute_kl_logps": ["self", "model", "batch"],
+        "_compute_loss": ["self", "model", "inputs", "return_outputs"],
+        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+        "compute_ref_log_probs": ["self", "model", "inputs"],
+    },
     "SyncRefModelCallback": {"__init__": ["self", "ref_model", "accelerator"]},
 }
 ATTRIBUTES = {
