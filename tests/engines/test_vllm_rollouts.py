@@ -99,6 +99,7 @@ def test_a_real_engine_samples_takes_new_weights_and_the_model_learns(tmp_path):
 
         logs = grpo(engine, tmp_path)
     rewards = [log["reward"] for log in logs]
+    print(f"mean reward of five steps: {sum(rewards[:5]) / 5:.2f} at first, {sum(rewards[-5:]) / 5:.2f} after {STEPS}")
     assert max(log["weight_sync/probe_difference"] for log in logs) < 1e-3
     assert max(log["mismatch/logp_difference_max"] for log in logs) < 1e-3
     assert sum(rewards[:5]) / 5 < 0.2

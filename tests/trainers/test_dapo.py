@@ -120,7 +120,7 @@ def test_a_run_on_one_process():
 def test_two_processes_without_refill():
     """Clip-higher, the mean over tokens and the overlong punishment do not depend on the ranks."""
     settings = KERNEL | {"kind": "MoEDAPOTrainer", "dynamic_sampling": False, "soft_overlong_fraction": 0.5}
-    # Of one step: ranks pad their prompts differently, rotations are fp32, and AdamW makes 1e-7 of a gradient near 0 big.
+    # One step: ranks pad prompts differently, rotations are fp32, and AdamW makes 1e-7 of a gradient near 0 big.
     settings |= {"steps": 1}
     whole = train(**settings)
     run = settings | {"batch": 2, "accumulation": 2, "ep_size": 2}
