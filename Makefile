@@ -30,6 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) --constraint constraints.txt "torch==2.13.0"
 	$(BIN)/python $(PIP) --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python $(PIP) --no-deps "textarena==0.7.4"  # statements of examples/dpo.py; its games need much more
 	touch $@
 
 # The requirements are complete: their own are not looked at, see the comment on top of that file.

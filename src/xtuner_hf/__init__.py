@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .trainers.dpo import MoEDPOTrainer
     from .trainers.grpo import MoEGRPOTrainer
     from .trainers.grpo_config import MoEDAPOConfig, MoEGRPOConfig
+    from .trainers.kto import MoEKTOConfig, MoEKTOTrainer
     from .trainers.mpo import MoEMPOTrainer
     from .trainers.preference_config import MoEDPOConfig, MoEMPOConfig
     from .trainers.sft import MoESFTTrainer
@@ -40,6 +41,8 @@ _HOMES = {
     "MoEDPOTrainer": "trainers.dpo",
     "MoEGRPOConfig": "trainers.grpo_config",
     "MoEGRPOTrainer": "trainers.grpo",
+    "MoEKTOConfig": "trainers.kto",
+    "MoEKTOTrainer": "trainers.kto",
     "MoEMPOConfig": "trainers.preference_config",
     "MoEMPOTrainer": "trainers.mpo",
     "MoEParallelPlugin": "parallel.plugin",
@@ -64,6 +67,8 @@ __all__ = [
     "MoEDPOTrainer",
     "MoEGRPOConfig",
     "MoEGRPOTrainer",
+    "MoEKTOConfig",
+    "MoEKTOTrainer",
     "MoEMPOConfig",
     "MoEMPOTrainer",
     "MoEParallelPlugin",

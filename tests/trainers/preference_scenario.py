@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from typing import Any
 from unittest import mock
@@ -83,14 +84,18 @@ def train(
     accumulation: int = 1,
     steps: int = 2,
     resume_at: int | None = None,
+    folder: str | None = None,
     **arguments,
 ) -> dict:
-    """Train on 8 pairs an optimizer step, if batch x ranks x accumulation is; optionally in two runs."""
+    """Train on 8 pairs an optimizer step, if batch x ranks x accumulation is; optionally in two runs.
+
+    `folder` is for a resumed run on several processes, which must share it.
+    """
     import xtuner_hf
 
     classes = getattr(xtuner_hf, kind), getattr(xtuner_hf, kind.replace("Trainer", "Config"))
     shifts = []
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as folder:
         runs: list[dict] = [{}]
         if resume_at is not None:
             saving = {"save_strategy": "steps", "save_steps": resume_at}

@@ -30,7 +30,9 @@ def make_trainer(
     **arguments: Any,
 ):
     """A trainer of class `kind`, its recorder and its engine (None: the model samples itself)."""
-    keywords = {key: arguments.pop(key) for key in ("model", "peft_config", "train_dataset") if key in arguments}
+    keywords = {
+        key: arguments.pop(key) for key in ("model", "peft_config", "train_dataset", "rollout_func") if key in arguments
+    }
     recorder = Recorder()
     stub = None
     if engine is not None:
@@ -55,14 +57,17 @@ def make_trainer(
     )
     trainer = kind(
         **(
-            {"model": policy(0), "train_dataset": Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])}
+            {
+                "model": policy(0),
+                "rollout_func": stub,
+                "train_dataset": Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+            }
             | keywords
         ),
         reward_funcs=reward,
         args=args,
         processing_class=char_tokenizer(),
         callbacks=[recorder],
-        rollout_func=stub,
     )
     return trainer, recorder, stub
 

@@ -117,6 +117,17 @@ def test_a_run_on_one_process():
     assert runs[0]["logs"][0]["dynamic_sampling/filled"] == 1.0
 
 
+def test_two_processes_without_refill():
+    """Clip-higher, the mean over tokens and the overlong punishment do not depend on the ranks."""
+    settings = KERNEL | {"kind": "MoEDAPOTrainer", "dynamic_sampling": False, "soft_overlong_fraction": 0.5}
+    # One step: ranks pad prompts differently, rotations are fp32, and AdamW makes 1e-7 of a gradient near 0 big.
+    settings |= {"steps": 1}
+    whole = train(**settings)
+    run = settings | {"batch": 2, "accumulation": 2, "ep_size": 2}
+    for (found,) in run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=[run]):
+        assert_same_run(found, whole)
+
+
 def test_two_processes():
     """Ranks sample equally often, and each fills its part; token counts are those of both."""
     settings = {"kind": "MoEDAPOTrainer", "reward": solved_half, "steps": 2, "batch": 4, "ep_size": 2} | KERNEL

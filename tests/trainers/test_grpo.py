@@ -101,7 +101,9 @@ def formula(model, ref_model, batch: dict, name: str) -> torch.Tensor:
 
         def logps(of_model, prompt=prompt, answer=answer):
             ids = torch.cat([prompt, answer])[None]
-            logits = of_model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            # As if the padding were there: rotations are fp32 in every model, and 1e-7 from those of other positions.
+            positions = torch.arange(ids.shape[1])[None] + batch["prompt_mask"].shape[1] - len(prompt)
+            logits = of_model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, len(prompt) - 1 : -1]
             return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
         new, old, advantage = logps(model), batch["old_per_token_logps"][row][:length], batch["advantages"][row]
@@ -126,7 +128,7 @@ def formula(model, ref_model, batch: dict, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_the_papers_formulas(name, tmp_path):
+def test_presets_are_the_papers_formulas(name, tolerance, tmp_path):
     settings = {"engine": {}, **KERNEL, **PRESETS[name]}
     trainer, _, _ = make_trainer(MoEGRPOTrainer, MoEGRPOConfig, str(tmp_path), **settings)
     trainer.current_gradient_accumulation_steps = 1
@@ -137,7 +139,7 @@ def test_presets_are_the_papers_formulas(name, tmp_path):
     expected = formula(trainer.model, policy(0), batch, name)
     # Advantages of a group cancel, and with them most of the loss's value.
     assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE, abs=1e-6)
-    assert worst(gradients(loss, trainer.model), gradients(expected, trainer.model)) < TOLERANCE
+    assert worst(gradients(loss, trainer.model), gradients(expected, trainer.model)) < tolerance
 
 
 # ---- however the step is split ----

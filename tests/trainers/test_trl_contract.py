@@ -1,4 +1,8 @@
-"""What our subclasses lean on in TRL 1.16: signatures, attributes and the keys of rollouts. Fails when one moves."""
+"""What our subclasses lean on in TRL 1.16: signatures, attributes and the keys of rollouts. Fails when one moves.
+
+TRL's own tests are neither in its wheel nor in its source distribution, and need models of the Hub. What stands for
+them: each of our trainers against TRL's, run side by side (test_equals_trl in test_{sft,dpo,grpo,kto}.py).
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,13 @@ SIGNATURES = {
         "_generate": ["self", "prompts"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_prepare_inputs": ["self", "generation_batch"],
+        "_tokenize_prompts": ["self", "prompts"],
+    },
+    "KTOTrainer": {
+        "_compute_kl_logps": ["self", "model", "batch"],
+        "_compute_loss": ["self", "model", "inputs", "return_outputs"],
+        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+        "compute_ref_log_probs": ["self", "model", "inputs"],
     },
     "SyncRefModelCallback": {"__init__": ["self", "ref_model", "accelerator"]},
 }
@@ -33,6 +44,7 @@ ATTRIBUTES = {
     "MoEDAPOTrainer": (
         *("aux_loss_enabled", "beta", "ref_model", "temperature", "num_generations", "max_completion_length"),
         *("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights", "rollout_func"),
+        *("top_p", "top_k", "min_p", "repetition_penalty", "eos_token_ids"),
         *("_step", "_current_train_step_time", "_entropy_bonus_enabled", "_metrics", "_tokenizer", "_buffered_inputs"),
     ),
 }

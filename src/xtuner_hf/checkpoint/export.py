@@ -55,20 +55,21 @@ def export_to_hub(
     rank, world_size = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
     source = source or LiveTensors(dict(model.state_dict()), group)
     items = plan_export(model, source.meta, dtype)
-    files = _Files(_assign(items, source, world_size, max_shard_bytes), max_shard_bytes)
+    if sum(item.num_bytes for item in items) <= max_shard_bytes:
+        by_rank = [items if rank == 0 else [] for rank in range(world_size)]  # one file, model.safetensors
+    else:
+        by_rank = assign_items(items, source, world_size)
+    by_rank = [_widest_first(of_rank) for of_rank in by_rank]
+    files = _Files(by_rank, max_shard_bytes)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_weights(folder)
     _barrier(group)
     writer = _Output(folder, files.of_rank[rank])
-    for writing_rank, item in files.schedule():
-        for expert in item.experts or (None,):
-            box = Box.whole(source.meta[item.source].shape)
-            tensor = source.fetch(item.source, box if expert is None else box.expert(expert), writing_rank)
-            if tensor is not None:
-                converted = convert(model, item, cast(model, item.source, tensor, dtype))
-                for name in item.outputs:
-                    writer.write(converted[name])
+    for writing_rank, item in schedule(by_rank):
+        for _, converted in hub_tensors(model, source, item, writing_rank, dtype):
+            for tensor in converted.values():
+                writer.write(tensor)
     writer.close()
     _barrier(group)
     if rank == 0:
@@ -97,12 +98,9 @@ def _remove_weights(folder: Path) -> None:
             path.unlink()
 
 
-def _assign(items: list[Item], source: TensorSource, world_size: int, max_shard_bytes: int) -> list[list[Item]]:
+def assign_items(items: list[Item], source: TensorSource, world_size: int) -> list[list[Item]]:
     """The items that each rank writes: it holds as much of each as any other, and all have about as many bytes."""
     by_rank: list[list[Item]] = [[] for _ in range(world_size)]
-    if sum(item.num_bytes for item in items) <= max_shard_bytes:
-        by_rank[0] = list(items)  # one file, model.safetensors
-        return _by_itemsize(by_rank)
     load = [0] * world_size
     candidates = []
     for item in items:
@@ -115,22 +113,39 @@ def _assign(items: list[Item], source: TensorSource, world_size: int, max_shard_
         rank = min(candidates[index], key=lambda r: load[r])
         by_rank[rank].append(items[index])
         load[rank] += items[index].num_bytes
-    return _by_itemsize(by_rank)
+    return by_rank
 
 
-def _by_itemsize(by_rank: list[list[Item]]) -> list[list[Item]]:
+def schedule(by_rank: list[list[Item]]) -> Iterator[tuple[int, Item]]:
+    """(writing rank, item) in an order that keeps all writers busy."""
+    for row in zip_longest(*by_rank):
+        yield from ((rank, item) for rank, item in enumerate(row) if item is not None)
+
+
+def hub_tensors(
+    model: PreTrainedModel, source: TensorSource, item: Item, writing_rank: int, dtype: torch.dtype | None
+) -> Iterator[tuple[int | None, dict[str, torch.Tensor]]]:
+    """(expert, its tensors by the Hub's names in the item's order) on the writing rank, nothing elsewhere. Collective.
+
+    The expert is None for a tensor that is no expert's; of a tensor that the Hub has fused it is one run of rows.
+    """
+    for expert in item.experts or (None,):
+        box = Box.whole(source.meta[item.source].shape)
+        tensor = source.fetch(item.source, box if expert is None else box.expert(expert), writing_rank)
+        if tensor is not None:
+            converted = convert(model, item, cast(model, item.source, tensor, dtype))
+            yield expert, {info.name: converted[name] for name, info in item.outputs.items()}
+
+
+def _widest_first(items: list[Item]) -> list[Item]:
     # Wide dtypes first keeps every tensor of a file aligned.
-    def narrowness(item: Item) -> int:
-        return -max(tensor.dtype.itemsize for tensor in item.outputs.values())
-
-    return [sorted(items, key=narrowness) for items in by_rank]
+    return sorted(items, key=lambda item: -max(tensor.dtype.itemsize for tensor in item.outputs.values()))
 
 
 class _Files:
     """Each rank's items cut into files, with the names that transformers would give so many files."""
 
     def __init__(self, by_rank: list[list[Item]], max_shard_bytes: int):
-        self._by_rank = by_rank
         cut = [_cut(items, max_shard_bytes) for items in by_rank]
         number = sum(len(files) for files in cut)
         counter = iter(range(1, number + 1))
@@ -143,11 +158,6 @@ class _Files:
             ]
             for files in cut
         ]
-
-    def schedule(self) -> Iterator[tuple[int, Item]]:
-        """(writing rank, item) in an order that keeps all writers busy."""
-        for row in zip_longest(*self._by_rank):
-            yield from ((rank, item) for rank, item in enumerate(row) if item is not None)
 
     def weight_map(self) -> dict[str, str]:
         return {tensor.name: name for files in self.of_rank for name, file in files for tensor in file}

@@ -46,7 +46,7 @@ class TensorInfo:
 
 
 class SafetensorsWriter:
-    """One file. Its tensors arrive in the order announced, each whole or in runs of rows.
+    """One file. Its tensors arrive whole or in runs of rows, in the order announced (`write`) or by name (`append`).
 
     Args:
         path: of the file; until `close` it has another name.
@@ -58,7 +58,9 @@ class SafetensorsWriter:
         self._partial = path.with_name(path.name + ".incomplete")
         header: dict = {"__metadata__": {"format": "pt"}}
         self._end = 0
+        self._next: dict[str, int] = {}  # where in the data the next rows of a tensor go
         for tensor in tensors:
+            self._next[tensor.name] = self._end
             offsets = [self._end, self._end + tensor.num_bytes]
             header[tensor.name] = {
                 "dtype": _DTYPES[tensor.dtype],
@@ -70,6 +72,7 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)  # tensors start aligned
         self._file = self._partial.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
+        self._data_start = 8 + len(text)
         self._written = 0
 
     def write(self, tensor: torch.Tensor) -> None:
@@ -77,6 +80,12 @@ class SafetensorsWriter:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         data.numpy().tofile(self._file)
         self._written += data.numel()
+
+    def append(self, name: str, tensor: torch.Tensor) -> None:
+        """The values of this tensor, or its next rows."""
+        self._file.seek(self._data_start + self._next[name])
+        self._next[name] += tensor.nbytes
+        self.write(tensor)
 
     def close(self) -> None:
         """Sync to disk and give the file its name."""

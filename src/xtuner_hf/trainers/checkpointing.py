@@ -80,6 +80,11 @@ class CheckpointingMixin(_Base):
         self.add_callback(_RestoreProgress(self))
         self._progress: dict[str, Any] | None = None
 
+    @property
+    def host_group(self) -> dist.ProcessGroup | None:
+        """Gloo group of all ranks, for what happens in host memory; None in a job of one process."""
+        return self._host_group
+
     # ---- writing ----
 
     def _save_checkpoint(self, model, trial) -> None:

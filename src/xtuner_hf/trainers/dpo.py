@@ -15,7 +15,7 @@ import torch
 from trl import DPOTrainer
 
 from .preference_config import MoEDPOConfig
-from .trl import ByKeyword, TRLTrainerMixin, has_adapters, named_arguments, prepare_reference, reference_model
+from .trl import ByKeyword, TRLTrainerMixin, given_or_own_reference, named_arguments
 
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
@@ -36,26 +36,13 @@ class MoEDPOTrainer(TRLTrainerMixin, ByKeyword, DPOTrainer):
         arguments = named_arguments(DPOTrainer, positional, keywords)
         model, args = arguments.pop("model"), arguments.pop("args", None)
         if isinstance(args, MoEDPOConfig):
-            arguments["ref_model"] = self._reference(model, args, arguments)
+            arguments["ref_model"] = given_or_own_reference(model, args, arguments)
         super().__init__(model, args, **arguments)
         weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
         self._own_losses = [(name, weight) for name, weight in weighted if name in self.own_losses]
         for own in self._own_losses:
             weighted.remove(own)
         self.loss_types, self.loss_weights = [name for name, _ in weighted], [weight for _, weight in weighted]
-
-    def _reference(self, model: Any, args: MoEDPOConfig, arguments: dict[str, Any]) -> Any:
-        given = arguments.get("ref_model")
-        if given is not None and given is not model:
-            return prepare_reference(given, args)
-        if args.precompute_ref_log_probs:
-            if args.world_size > 1:
-                raise ValueError(
-                    "precompute_ref_log_probs reads whole parameters, and this job's are sharded over "
-                    f"{args.world_size} processes. Set it to False, or precompute in one process."
-                )
-            return given
-        return given if has_adapters(model, arguments) or given is model else reference_model(model, args)
 
     # ---- one optimizer step ----
 

@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from trl import GRPOTrainer, SyncRefModelCallback
 
 from .._compat import add_fused_lm_head, disable_dropout_in_model
 from ..moe.replay import RecordingModel, ReplayingModel, RouteReplay, RouterMap, align_routes
 from ..rl.dynamic_sampling import Rollouts
 from ..rl.mismatch import log_ratios, mismatch_metrics
+from ..rl.rewards import with_deadline
 from .grpo_config import MoEGRPOConfig
 from .trl import ByKeyword, TRLTrainerMixin, has_adapters, named_arguments, reference_model
 
@@ -64,6 +66,12 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
             self._adopt_reference(reference)
         if args.router_replay is not None:
             self._routers = RouterMap(self.model)
+        if args.reward_timeout is not None:
+            functions: list[Any] = self.reward_funcs
+            self.reward_funcs = [
+                function if isinstance(function, nn.Module) else with_deadline(function, args.reward_timeout)
+                for function in functions
+            ]
 
     def _adopt_reference(self, reference: Any) -> None:
         if self.args.disable_dropout:

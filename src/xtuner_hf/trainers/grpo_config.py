@@ -74,6 +74,16 @@ class MoEGRPOConfig(MoEArguments, GRPOConfig):
         },
     )
 
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that reward functions have for a batch. Each is then called sample by sample; a sample on "
+            "which one raises or takes longer gets no reward from it, which is counted in rewards/<name>/failed and is "
+            "not the reward 0. None calls them as TRL does: an exception ends the run, and what hangs hangs. Not for "
+            "functions that compare the samples of a group."
+        },
+    )
+
     def __post_init__(self):
         if self.balance_batches:
             raise ValueError("balance_batches would take the answers to a prompt apart: leave it False.")
@@ -81,6 +91,8 @@ class MoEGRPOConfig(MoEArguments, GRPOConfig):
         super().__post_init__()
         if self.sp_size > 1:
             self._share_generation(is_given)
+        if self.reward_timeout is not None and self.reward_timeout <= 0:
+            raise ValueError(f"reward_timeout is {self.reward_timeout}; it is a number of seconds above 0, or None.")
         if self.router_replay not in (None, "R2", "R3"):
             raise ValueError(f"router_replay is {self.router_replay!r}; choose 'R2', 'R3' or None.")
         if self.mismatch_correction is not None:

@@ -53,7 +53,8 @@ def named_arguments(trainer: type, positional: tuple, keywords: dict[str, Any]) 
 
 def has_adapters(model: Any, arguments: dict[str, Any]) -> bool:
     """Whether the policy is trained through adapters; without them it is its own reference."""
-    return is_peft_model(model) or arguments.get("peft_config") is not None
+    is_wrapped = not isinstance(model, str) and is_peft_model(model)
+    return is_wrapped or arguments.get("peft_config") is not None
 
 
 def prepare_reference(model: Any, args: Any) -> nn.Module:
@@ -69,6 +70,25 @@ def prepare_reference(model: Any, args: Any) -> nn.Module:
             "they are read."
         )
     return prepare_model(model, args)
+
+
+def given_or_own_reference(model: Any, args: Any, arguments: dict[str, Any]) -> Any:
+    """The reference of training on preferences: what was given, sharded, or a copy of the policy.
+
+    Args:
+        arguments: of the trainer's call, by name.
+    """
+    given = arguments.get("ref_model")
+    if given is not None and given is not model:
+        return prepare_reference(given, args)
+    if args.precompute_ref_log_probs:
+        if args.world_size > 1:
+            raise ValueError(
+                "precompute_ref_log_probs reads whole parameters, and this job's are sharded over "
+                f"{args.world_size} processes. Set it to False, or precompute in one process."
+            )
+        return given
+    return given if has_adapters(model, arguments) or given is model else reference_model(model, args)
 
 
 def reference_model(model: Any, args: Any) -> nn.Module:
