@@ -154,7 +154,7 @@ def test_training_with_an_engine_on_each_rank(tmp_path):
     for result in (single, *ranks):
         for log in result["logs"]:
             assert log["weight_sync/probe_difference"] < 1e-4
-            assert 0 <= log["mismatch/k3"] < 1e-8
+            assert abs(log["mismatch/k3"]) < 1e-8  # not negative but by rounding
             assert log["mismatch/logp_difference_max"] < 1e-4
     for result in ranks:  # in the second run the engine of rank 1 fails
         assert "the server is gone" in result["failure"]
