@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import KTOConfig, KTOTrainer
@@ -20,6 +20,16 @@ class MoEKTOConfig(MoEArguments, KTOConfig):
 
     None as a coefficient of balancing takes the family's published value; the Switch loss is ours and not TRL's.
     """
+
+    trains_mtp: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sp_size > 1:
+            raise ValueError(
+                f"sp_size is {self.sp_size}, and KTO averages its loss over ranks as if each had a batch of its own: "
+                "set it to 1."
+            )
 
 
 class MoEKTOTrainer(TRLTrainerMixin, ByKeyword, KTOTrainer):
