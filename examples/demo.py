@@ -77,10 +77,7 @@ def reply(checkpoint: Path, prompt: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     torch.manual_seed(0)
     output = model.generate(**inputs, min_new_tokens=8, max_new_tokens=40, do_sample=True, temperature=0.7, top_k=40)

@@ -19,13 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from characters import character_tokenizer
 from datasets import Dataset
 from matplotlib.figure import Figure
-from transformers import Qwen3MoeConfig, set_seed
+from small import character_tokenizer, small_moe
+from transformers import set_seed
 
 from xtuner_hf import (
-    AutoModelForCausalLM,
     MoEDPOConfig,
     MoEDPOTrainer,
     MoEMPOConfig,
@@ -58,26 +57,6 @@ def preferences() -> list[dict[str, str]]:
     ]
 
 
-def small_moe(vocab_size: int):
-    config = Qwen3MoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return AutoModelForCausalLM.from_config(config)
-
-
 def settings(output_dir: Path, max_steps: int, **changes: Any) -> dict[str, Any]:
     defaults = {
         "output_dir": str(output_dir),
@@ -98,7 +77,7 @@ def finetune(rows: list[dict[str, str]], folder: Path, max_steps: int) -> None:
     """Train on the true statements and save in `folder`."""
     tokenizer = character_tokenizer("".join(sorted({c for row in rows for text in row.values() for c in text})))
     trainer = MoESFTTrainer(
-        model=small_moe(len(tokenizer)),
+        model=small_moe(len(tokenizer), hidden_size=128, max_length=256),
         args=MoESFTConfig(**settings(folder, max_steps, learning_rate=3e-3, max_length=256)),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]),
         processing_class=tokenizer,

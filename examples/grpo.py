@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from characters import character_tokenizer
 from datasets import Dataset
 from matplotlib.figure import Figure
-from transformers import Qwen3MoeConfig, TrainerCallback, set_seed
+from small import character_tokenizer, small_moe
+from transformers import TrainerCallback, set_seed
 
-from xtuner_hf import AutoModelForCausalLM, MoEDAPOConfig, MoEDAPOTrainer, MoEGRPOConfig, MoEGRPOTrainer
+from xtuner_hf import MoEDAPOConfig, MoEDAPOTrainer, MoEGRPOConfig, MoEGRPOTrainer
 from xtuner_hf.trainers.progress import format_duration
 
 DIGITS = "01234"
@@ -40,26 +40,6 @@ def questions() -> Dataset:
 
 def is_right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(text.startswith(right)) for text, right in zip(completions, answer, strict=True)]
-
-
-def small_moe(vocab_size: int):
-    config = Qwen3MoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return AutoModelForCausalLM.from_config(config)
 
 
 class StopWhenSolved(TrainerCallback):
@@ -94,7 +74,7 @@ def train(algorithm: str, output_dir: Path, max_steps: int, seed: int = 0, **cha
     if algorithm == "dapo":
         settings |= {"soft_overlong_fraction": 0.0}  # answers have one token
     trainer = trainer_class(
-        model=small_moe(len(tokenizer)),
+        model=small_moe(len(tokenizer), hidden_size=64, max_length=64),
         args=config_class(output_dir=str(output_dir), max_steps=max_steps, seed=seed, **(settings | changes)),
         reward_funcs=is_right,
         train_dataset=questions(),

@@ -12,6 +12,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+# As DeepSeek V3 has it, in the words of its remote code.
+DEEPSEEK_YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
 FP8_CONFIG = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",

@@ -153,21 +153,23 @@ def test_a_missing_scale_before_any_model_is_built(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def drop_from_config(folder, key: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_a_config_without_the_method_of_its_router(tmp_path):
     """As transformers writes it."""
     write_case(tmp_path, "deepseek_v3")
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["topk_method"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    drop_from_config(tmp_path, "topk_method")
     with pytest.raises(ValueError, match=r"config\.topk_method of this deepseek_v3 is None, expected 'noaux_tc'"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_scales_that_the_config_does_not_announce(tmp_path):
     write_case(tmp_path, "qwen3_moe")
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    drop_from_config(tmp_path, "quantization_config")
     with pytest.raises(CheckpointFormatError, match=r"scales of quantised weights .* they were left out"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 from transformers import __version__ as transformers_version
 
+from tests.checkpoint.official import DEEPSEEK_YARN
 from tests.checkpoint.test_saving import PUBLISHED_CONFIG
 from xtuner_hf.checkpoint.hub_config import to_hub_dialect, write_hub_config
 
@@ -66,15 +67,7 @@ PUBLISHED_DEEPSEEK = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
+    "rope_scaling": DEEPSEEK_YARN,
     "rope_theta": 10000,
     "routed_scaling_factor": 2.5,
     "scoring_func": "sigmoid",

@@ -7,7 +7,7 @@ import torch
 from transformers import DeepseekV3Config, GenerationConfig
 
 from tests.checkpoint.families import deepseek_config
-from tests.checkpoint.official import FP8_CONFIG
+from tests.checkpoint.official import DEEPSEEK_YARN, FP8_CONFIG
 from xtuner_hf.checkpoint.hub_config import to_hub_dialect
 from xtuner_hf.checkpoint.hub_source import quantization_config_of
 from xtuner_hf.checkpoint.side_files import (
@@ -30,15 +30,7 @@ PUBLISHED = {
     "moe_layer_freq": 1,
     "num_nextn_predict_layers": 1,
     "quantization_config": FP8_CONFIG,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
+    "rope_scaling": DEEPSEEK_YARN,
     "rope_theta": 10000,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",

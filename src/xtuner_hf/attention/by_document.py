@@ -13,6 +13,9 @@ K size of a query and key head, V of a value head.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -52,15 +55,24 @@ def attention_by_document(
     return torch.cat(outputs)
 
 
+def with_equal_heads(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Let a kernel (q, k, v, ...) that wants heads of one size compute values with smaller ones too (MLA)."""
+
+    @functools.wraps(kernel)
+    def call(q, k, v, *arguments, **options):
+        k_size, v_size = k.shape[-1], v.shape[-1]
+        if v_size < k_size:
+            v = F.pad(v, (0, k_size - v_size))
+        return kernel(q, k, v, *arguments, **options)[..., :v_size]
+
+    return call
+
+
+@with_equal_heads
 def _attend(q_GNLK, k_GMLK, v_GMLV, scaling, window, sinks_N, dropout) -> torch.Tensor:
-    k_size, v_size = k_GMLK.shape[-1], v_GMLV.shape[-1]
-    if v_size < k_size:  # MLA: fused kernels want one size
-        v_GMLV = F.pad(v_GMLV, (0, k_size - v_size))
     if window is None or window >= q_GNLK.shape[2]:
-        output = _kernel(q_GNLK, k_GMLK, v_GMLV, None, scaling, sinks_N, dropout)
-    else:
-        output = _attend_in_window(q_GNLK, k_GMLK, v_GMLV, scaling, window, sinks_N, dropout)
-    return output[..., :v_size]
+        return _kernel(q_GNLK, k_GMLK, v_GMLV, None, scaling, sinks_N, dropout)
+    return _attend_in_window(q_GNLK, k_GMLK, v_GMLV, scaling, window, sinks_N, dropout)
 
 
 def _attend_in_window(q_GNLK, k_GMLK, v_GMLV, scaling, window: int, sinks_N, dropout) -> torch.Tensor:

@@ -19,12 +19,11 @@ import logging
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from .._compat import cuda_flash_attention, cuda_flash_attention_backward, flash_attention_by_name
-from .by_document import attention_by_document
+from .by_document import attention_by_document, with_equal_heads
 from .documents import Documents
 from .sinks import FusedKernel, SinkAttention
 
@@ -64,24 +63,13 @@ def _installed_flash_attention() -> str | None:
     return next((f"flash_attention_{version}" for version, found in available.items() if found()), None)
 
 
-def _with_equal_heads(kernel: Kernel) -> Kernel:
-    """Let a kernel that wants heads of one size compute smaller values too (MLA)."""
-
-    @functools.wraps(kernel)
-    def call(q_TNK, k_TMK, v_TMV, *arguments, **options):
-        k_size, v_size = k_TMK.shape[-1], v_TMV.shape[-1]
-        return kernel(q_TNK, k_TMK, F.pad(v_TMV, (0, k_size - v_size)), *arguments, **options)[..., :v_size]
-
-    return call
-
-
 def _flash_attention(name: str, q_TNK, k_TMK, v_TMV, documents: Documents, *, scaling, window, sinks_N, dropout):
-    padded = _with_equal_heads(functools.partial(flash_attention_by_name, name))
+    padded = with_equal_heads(functools.partial(flash_attention_by_name, name))
     boundaries = documents.cu_seqlens, documents.max_length
     return padded(q_TNK, k_TMK, v_TMV, *boundaries, scaling=scaling, window=window, sinks=sinks_N)
 
 
-@_with_equal_heads
+@with_equal_heads
 def _torch_varlen(q_TNK, k_TMK, v_TMV, documents: Documents, *, scaling, window, sinks_N, dropout) -> torch.Tensor:
     ends, longest = documents.cu_seqlens, documents.max_length
     # How many keys to the left, the own one not among them.
@@ -92,7 +80,7 @@ def _torch_varlen(q_TNK, k_TMK, v_TMV, documents: Documents, *, scaling, window,
     )
 
 
-@_with_equal_heads
+@with_equal_heads
 def _torch_flash_with_sinks(q_TNK, k_TMK, v_TMV, documents: Documents, *, scaling, window, sinks_N, dropout):
     options = {"cu_seqlens": documents.cu_seqlens, "max_length": documents.max_length, "window": window}
     kernel = FusedKernel(

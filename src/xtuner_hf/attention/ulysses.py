@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map_only
+from accelerate.utils import send_to_device
 
 from .documents import Documents
 
@@ -46,9 +46,9 @@ class SequenceRanks:
     def from_first(self, value: Any, device: torch.device) -> Any:
         """The first rank's value of anything that can be pickled, tensors in it on `device`."""
         # A pickled tensor of another rank's device would be read back there.
-        shared = [tree_map_only(torch.Tensor, torch.Tensor.cpu, value)]
+        shared = [send_to_device(value, "cpu")]
         dist.broadcast_object_list(shared, src=dist.get_global_rank(self.group, 0), group=self.group)
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), shared[0])
+        return send_to_device(shared[0], device)
 
 
 @dataclass(eq=False)

@@ -56,7 +56,7 @@ def export_to_hub(
     source = source or LiveTensors(dict(model.state_dict()), group)
     items = plan_export(model, source.meta, dtype)
     if sum(item.num_bytes for item in items) <= max_shard_bytes:
-        by_rank = [items if rank == 0 else [] for rank in range(world_size)]  # one file, model.safetensors
+        by_rank = [items, *([] for _ in range(world_size - 1))]  # one file, model.safetensors
     else:
         by_rank = assign_items(items, source, world_size)
     by_rank = [_widest_first(of_rank) for of_rank in by_rank]

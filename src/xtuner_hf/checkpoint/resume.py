@@ -32,6 +32,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from ..parallel.adapters import is_adapted
 from .folder import SHARDS, CheckpointError
 
 GROUPS_FILE = "optimizer_groups.pt"
@@ -42,8 +43,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 def model_state(model: nn.Module) -> dict[str, Any]:
     """The model's own tensors (not copies) by name: parameters and persistent buffers; of PEFT models, what trains."""
-    is_peft = hasattr(model, "peft_config")
-    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=is_peft))
+    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=is_adapted(model)))
 
 
 def _parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:

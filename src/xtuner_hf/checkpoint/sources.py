@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from .._compat import compute_local_shape_and_global_offset
+from ..parallel.shard import local_part
 from .folder import SHARDS
 
 
@@ -121,8 +122,7 @@ class LiveTensors:
 
     def _part(self, name: str, part: Box) -> torch.Tensor:
         tensor = self._tensors[name].detach()
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return local[part.within(local_box(tensor))].cpu()
+        return local_part(tensor)[part.within(local_box(tensor))].cpu()
 
 
 class CheckpointTensors:

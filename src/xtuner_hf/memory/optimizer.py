@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from ..device import CopyStream
+from ..parallel.shard import local_part
 
 OPTIMIZER_STATES = ("full", "bf16", "8bit")
 _TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -188,7 +189,7 @@ class ParameterStep(Optimizer):
                 coming.append((name, resting, None))
                 continue
             here = torch.empty_like(parameter, dtype=resting.dtype)
-            coming.append((name, here, self.to_device.copy_(_local(here), _local(resting))))
+            coming.append((name, here, self.to_device.copy_(local_part(here), local_part(resting))))
 
     def _bring(self, parameter: torch.Tensor) -> None:
         if parameter not in self._coming:
@@ -208,13 +209,13 @@ class ParameterStep(Optimizer):
         for name, value in self._resting(parameter):
             if generator is not None and value.dtype != torch.bfloat16:
                 rounded = torch.empty_like(value, dtype=torch.bfloat16)
-                _local(rounded).copy_(stochastic_bf16(_local(value).float(), generator))
+                local_part(rounded).copy_(stochastic_bf16(local_part(value).float(), generator))
                 value = rounded
             if self.on_host:
                 hosts = self._host.setdefault(parameter, {})
                 if name not in hosts:
                     hosts[name] = self.to_host.host_like(value)
-                self._leaving.append((value, self.to_host.copy_(_local(hosts[name]), _local(value))))
+                self._leaving.append((value, self.to_host.copy_(local_part(hosts[name]), local_part(value))))
                 value = hosts[name]
             self.state[parameter][name] = value
         for _, left in before:
@@ -286,10 +287,6 @@ class QuantizedStep(ParameterStep):
         )
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def stochastic_bf16(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """fp32 -> bf16, up or down with the probability that makes the mean right (arXiv 2010.06192).
 
@@ -323,7 +320,7 @@ class StepsInBackward:
         if isinstance(grad, DTensor):
             place = (grad.device_mesh, tuple(isinstance(placement, Replicate) for placement in grad.placements))
         dtype = torch.promote_types(grad.dtype, torch.float32)
-        square = torch.linalg.vector_norm(_local(grad), dtype=dtype).square()
+        square = torch.linalg.vector_norm(local_part(grad), dtype=dtype).square()
         self._squares[place] = self._squares[place] + square if place in self._squares else square
         self.optimizer.step_parameter(self.optimizer.param_groups[self._group_of[parameter]], parameter)
         parameter.grad = None

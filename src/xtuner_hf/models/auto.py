@@ -67,9 +67,14 @@ class AutoModelForCausalLM:
 def _model_class(config: PreTrainedConfig, kwargs: dict[str, Any]) -> Any:
     """Our class for this configuration, if it takes the arguments that only some families have."""
     model_class: Any = causal_lm_class(config)
-    if "mtp_loss_coef" in kwargs and not model_class.supports_mtp:
-        raise ValueError(
-            f"mtp_loss_coef is {kwargs['mtp_loss_coef']}, but {config.model_type} has no multi-token prediction "
-            "layers: leave it out."
-        )
+    if "mtp_loss_coef" in kwargs:
+        check_has_mtp(model_class, config, kwargs["mtp_loss_coef"])
     return model_class
+
+
+def check_has_mtp(model_class: Any, config: PreTrainedConfig, coef: float | None) -> None:
+    """Raise a ValueError for a coefficient that goes to a family without multi-token prediction layers."""
+    if not model_class.supports_mtp:
+        raise ValueError(
+            f"mtp_loss_coef is {coef}, but {config.model_type} has no multi-token prediction layers: leave it out."
+        )

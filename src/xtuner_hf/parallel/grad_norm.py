@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from .shard import local_part
+
 
 def _num_copies(grad: torch.Tensor) -> int:
     """Ranks of the job that hold the same part of this gradient."""
@@ -39,7 +41,7 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     for parameter in parameters:
         if parameter.grad is not None:
             grad = parameter.grad
-            local_by_copies[_num_copies(grad)].append(grad.to_local() if isinstance(grad, DTensor) else grad)
+            local_by_copies[_num_copies(grad)].append(local_part(grad))
     local = [grad for group in local_by_copies.values() for grad in group]
     if not local:
         raise ValueError("No parameter has a gradient: the backward pass has not run, or everything is frozen.")

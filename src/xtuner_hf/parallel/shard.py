@@ -139,6 +139,11 @@ def _log_padding(num_experts: int, hidden_size: int, num_shards: int) -> None:
     )
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, sharded or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether transformers sharded this model while loading it, or `shard_model` did."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))

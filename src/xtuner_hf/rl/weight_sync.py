@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..checkpoint.export import assign_items, hub_tensors, schedule, write_configs
@@ -38,6 +37,7 @@ from ..checkpoint.quantised_format import TensorSpec
 from ..checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
 from ..checkpoint.sources import LiveTensors
 from ..models.base import fail_together
+from ..parallel.shard import local_part
 from .engines.contract import EngineError, RolloutEngine
 
 logger = logging.getLogger(__name__)
@@ -167,12 +167,9 @@ class WeightSync:
         items = plan_export(model, source.meta, self.dtype)
         for number, layer in enumerate(_by_layer([item for item in items if any(map(only, _names(item)))])):
             by_rank = assign_items(layer, source, self.world_size)
-            files = {
-                self.folder / f"model-{number:05d}-rank-{rank:05d}.safetensors": self._stored(of_rank)
-                for rank, of_rank in enumerate(by_rank)
-                if of_rank
-            }
-            own = self.folder / f"model-{number:05d}-rank-{self.rank:05d}.safetensors"
+            paths = [self.folder / f"model-{number:05d}-rank-{rank:05d}.safetensors" for rank in range(self.world_size)]
+            files = {path: self._stored(of_rank) for path, of_rank in zip(paths, by_rank, strict=True) if of_rank}
+            own = paths[self.rank]
             writer = SafetensorsWriter(own, files[own]) if own in files else None
             for writing_rank, item in schedule(by_rank):
                 for expert, tensors in hub_tensors(model, source, item, writing_rank, self.dtype):
@@ -196,8 +193,8 @@ class WeightSync:
     def _encoded(self, item: Item, expert: int | None, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         if self._encoder is None:
             return {name: tensor}
-        is_run_of_rows = expert is not None and len(item.experts or ()) > 1
-        rows = (expert, expert + 1) if expert is not None and is_run_of_rows else None
+        # Of a tensor that the Hub has fused, an expert is one run of rows.
+        rows = None if expert is None or len(item.experts or ()) == 1 else (expert, expert + 1)
         return self._encoder.encode(name, tensor, rows)
 
     def _barrier(self) -> None:
@@ -278,7 +275,7 @@ def _class_of(hub_name: str) -> str:
 @contextlib.contextmanager
 def _zeroed(model: torch.nn.Module, chosen: Callable[[str], bool]) -> Iterator[None]:
     """Within it, the chosen tensors of the model are 0."""
-    tensors = [_local(tensor.detach()) for name, tensor in model.state_dict().items() if chosen(name)]
+    tensors = [local_part(tensor.detach()) for name, tensor in model.state_dict().items() if chosen(name)]
     saved = [tensor.clone() for tensor in tensors]
     try:
         for tensor in tensors:
@@ -287,10 +284,6 @@ def _zeroed(model: torch.nn.Module, chosen: Callable[[str], bool]) -> Iterator[N
     finally:
         for tensor, values in zip(tensors, saved, strict=True):
             tensor.copy_(values)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -185,23 +185,15 @@ class CheckpointingMixin(_Base):
     # ---- the model for the Hub ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model as the Hub has it, each tensor by a rank that owns it."""
+        """Write the model as the Hub has it, each tensor by a rank that owns it; or its adapters, as PEFT has them."""
         folder = Path(output_dir or self.args.output_dir)
         if is_adapted(self.model):
-            self._save_adapter(folder, _internal_call)
-            return
-        # The parent's own calls with a folder save checkpoint-N, which keeps the dtype that training goes on in.
-        is_checkpoint = _internal_call and output_dir is not None
-        dtype = None if is_checkpoint else self.args.exported_dtype
-        export_to_hub(self.model, folder, dtype=dtype, group=self._host_group)
-        if self.is_world_process_zero():
-            self._save_companions(folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_adapter(self, folder: Path, _internal_call: bool) -> None:
-        """As PEFT has it, from whatever layout."""
-        write_adapter(self.model, folder, self._host_group)
+            write_adapter(self.model, folder, self._host_group)
+        else:
+            # The parent's own calls with a folder save checkpoint-N, which keeps the dtype that training goes on in.
+            is_checkpoint = _internal_call and output_dir is not None
+            dtype = None if is_checkpoint else self.args.exported_dtype
+            export_to_hub(self.model, folder, dtype=dtype, group=self._host_group)
         if self.is_world_process_zero():
             self._save_companions(folder)
         if self.args.push_to_hub and not _internal_call:

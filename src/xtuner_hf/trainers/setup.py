@@ -15,7 +15,7 @@ from .._compat import launched_with_fsdp, loads_on_rank_0_only
 from ..attention.ulysses import check_heads
 from ..attention.varlen import VARLEN_ATTENTION, attention_refusal
 from ..memory.recompute import set_recompute
-from ..models.auto import AutoModelForCausalLM
+from ..models.auto import AutoModelForCausalLM, check_has_mtp
 from ..models.base import HubModelMixin
 from ..parallel.adapters import base_model, is_adapted, shard_adapters, without_adapters
 from ..parallel.layout import ParallelLayout
@@ -171,10 +171,7 @@ def _load(name: str, layout: ParallelLayout, args: Any) -> PreTrainedModel:
 
 
 def _set_mtp(base: Any, coef: float) -> None:
-    if not base.supports_mtp:
-        raise ValueError(
-            f"mtp_loss_coef is {coef}, but {base.config.model_type} has no multi-token prediction layers: leave it out."
-        )
+    check_has_mtp(type(base), base.config, coef)
     base.set_mtp_loss_coef(coef)
 
 

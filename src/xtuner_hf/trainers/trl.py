@@ -6,10 +6,10 @@ import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Trainer
 
+from ..parallel.adapters import is_adapted
 from ..parallel.shard import is_sharded
 from .mixin import MoETrainerMixin
 from .setup import prepare_model, shards_with_accelerate
@@ -53,8 +53,7 @@ def named_arguments(trainer: type, positional: tuple, keywords: dict[str, Any]) 
 
 def has_adapters(model: Any, arguments: dict[str, Any]) -> bool:
     """Whether the policy is trained through adapters; without them it is its own reference."""
-    is_wrapped = not isinstance(model, str) and is_peft_model(model)
-    return is_wrapped or arguments.get("peft_config") is not None
+    return is_adapted(model) or arguments.get("peft_config") is not None
 
 
 def prepare_reference(model: Any, args: Any) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx2 as httpx  # huggingface_hub's own client
@@ -174,5 +173,18 @@ def _with_seed(sampling: Sampling, index: int) -> Sampling:
     return Sampling(**{**vars(sampling), "seed": sampling.seed + index})
 
 
-def as_paths(files: Sequence[Path]) -> list[str]:
-    return [str(Path(file).resolve()) for file in files]
+def common_fields(sampling: Sampling) -> dict[str, Any]:
+    """What all servers call by the same names."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "stop_token_ids": list(sampling.stop_token_ids),
+    }
+
+
+def check_scored(scored_ids: list[int], token_ids: list[int]) -> None:
+    """Raise a ValueError if log-probabilities are not of these tokens."""
+    if scored_ids != token_ids:
+        raise ValueError("log-probabilities are of other tokens than were sampled")

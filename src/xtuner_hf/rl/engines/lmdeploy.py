@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from .contract import Completion, EngineError, Sampling
-from .http import HttpEngine
+from .http import HttpEngine, check_scored, common_fields
 
 
 class LmdeployEngine(HttpEngine):
@@ -31,12 +31,8 @@ class LmdeployEngine(HttpEngine):
         body = {
             "input_ids": prompt,
             "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
             "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "stop_token_ids": list(sampling.stop_token_ids),
+            **common_fields(sampling),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
             "return_logprob": True,
@@ -46,8 +42,7 @@ class LmdeployEngine(HttpEngine):
     def _completion(self, answer: Any, prompt: list[int]) -> Completion:
         ids, meta = answer["output_ids"], answer["meta_info"]
         scored, routes = meta["output_token_logprobs"], meta.get("routed_experts")
-        if [token for _, token in scored] != ids:
-            raise ValueError("log-probabilities are of other tokens than were sampled")
+        check_scored([token for _, token in scored], ids)
         if isinstance(routes, str):
             raise ValueError("the routed experts are a key of Ray's store: serve without Ray")
         return Completion(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .contract import Completion, EngineError, Sampling
-from .http import HttpEngine
+from .http import HttpEngine, check_scored, common_fields
 
 
 class SglangEngine(HttpEngine):
@@ -45,12 +45,8 @@ class SglangEngine(HttpEngine):
             )
         params: dict[str, Any] = {
             "max_new_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "stop_token_ids": list(sampling.stop_token_ids),
+            **common_fields(sampling),
             "skip_special_tokens": False,
         }
         if sampling.seed is not None:
@@ -61,8 +57,7 @@ class SglangEngine(HttpEngine):
     def _completion(self, answer: Any, prompt: list[int]) -> Completion:
         ids, meta = answer["output_ids"], answer["meta_info"]
         scored = meta["output_token_logprobs"]
-        if [entry[1] for entry in scored] != ids:
-            raise ValueError("log-probabilities are of other tokens than were sampled")
+        check_scored([entry[1] for entry in scored], ids)
         routes, version = meta.get("routed_experts"), meta.get("weight_version")
         return Completion(
             token_ids=ids,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .contract import Completion, Sampling
-from .http import HttpEngine, as_paths
+from .http import HttpEngine, check_scored, common_fields
 
 
 class VllmEngine(HttpEngine):
@@ -32,12 +32,8 @@ class VllmEngine(HttpEngine):
     def _generate_request(self, prompt, sampling: Sampling, want_routes: bool) -> tuple[str, dict]:
         params = {
             "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
             "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "stop_token_ids": list(sampling.stop_token_ids),
+            **common_fields(sampling),
             "seed": sampling.seed,
             "logprobs": 0,
             "detokenize": False,
@@ -50,8 +46,7 @@ class VllmEngine(HttpEngine):
     def _completion(self, answer: Any, prompt: list[int]) -> Completion:
         (choice,) = answer["choices"]
         ids, scored = choice["token_ids"], choice["logprobs"]["content"]
-        if [entry["token_id"] for entry in scored] != ids:
-            raise ValueError("log-probabilities are of other tokens than were sampled")
+        check_scored([entry["token_id"] for entry in scored], ids)
         routes = choice.get("routed_experts")
         spans = choice.get("weight_versions") or []
         return Completion(
@@ -85,7 +80,7 @@ class VllmEngine(HttpEngine):
         self._post("/start_weight_update")
 
     def load(self, files: Sequence[Path]) -> None:
-        self._post("/update_weights", {"update_info": {"files": as_paths(files)}})
+        self._post("/update_weights", {"update_info": {"files": [str(file.resolve()) for file in files]}})
 
     def end_update(self, version: str, folder: Path) -> None:
         self._post("/finish_weight_update", {"weight_version": version})
