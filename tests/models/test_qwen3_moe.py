@@ -118,7 +118,7 @@ def test_bf16_block_keeps_the_dtype_of_its_input():
 
 def test_our_kernels_are_the_default_and_stock_ones_can_be_chosen():
     ours = Qwen3MoeForCausalLM(moe_config())
-    assert ours.config._experts_implementation == "xtuner_grouped_mm"
+    assert ours.config._experts_implementation == "xtuner_auto"
     before = ours(tokens()).logits
     ours.set_experts_implementation("batched_mm")
     assert ours.config._experts_implementation == "batched_mm"

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .swiglu import SwiGLU
+
 
 class LowRank(NamedTuple):
     """What an adapter adds to a weight [E, A, B]: the product of its two factors (LoRA, arXiv 2106.09685, eq. 3)."""
@@ -35,6 +37,7 @@ class ExpertWeights(NamedTuple):
     down_bias_EH: torch.Tensor | None = None
     gate_up_adapter: LowRank | None = None
     down_adapter: LowRank | None = None
+    swiglu: SwiGLU | None = None  # what `gate` computes, where it is known
 
     def merged(self) -> ExpertWeights:
         """The same experts with the adapters in the weights: for kernels that know none, at the price of full

@@ -27,7 +27,7 @@ from ..moe.experts import implementation_name
 from ..parallel.shard import distribute_model
 from .precision import fp32_buffers_kept
 
-DEFAULT_EXPERTS_KERNEL = "grouped_mm"
+DEFAULT_EXPERTS_KERNEL = "auto"
 
 
 class IncompleteCheckpointError(ValueError):

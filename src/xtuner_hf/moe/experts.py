@@ -5,14 +5,19 @@ Legend: T tokens, H hidden size, I expert intermediate size, E experts, K expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from ..kernels.experts import EXPERTS_KERNELS, ExpertWeights
+from ..kernels.experts import EXPERTS_KERNELS, ExpertsKernel, ExpertWeights
+from ..kernels.fused import computing_dtype, fused_experts, refusal_of
+from ..kernels.select import choose_experts_kernel
+from ..kernels.swiglu import SwiGLU
 from .combine import combine
 from .dispatcher import dispatch
 
@@ -22,7 +27,7 @@ def expert_weights(experts: Any) -> ExpertWeights:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     if not experts.is_transposed:
         gate_up, down = gate_up.transpose(-2, -1), down.transpose(-2, -1)
-    weights = ExpertWeights(gate_up, down, experts._apply_gate)
+    weights = ExpertWeights(gate_up, down, experts._apply_gate, swiglu=_swiglu(experts))
     if experts.has_bias:
         weights = weights._replace(gate_up_bias_EF=experts.gate_up_proj_bias, down_bias_EH=experts.down_proj_bias)
     # Set by moe/lora.py for an adapted forward. Only in here do weights of FSDP have the dtype of the computation.
@@ -33,11 +38,45 @@ def expert_weights(experts: Any) -> ExpertWeights:
     )
 
 
+def _swiglu(experts: Any) -> SwiGLU | None:
+    """What `experts._apply_gate` computes, None if it is nothing that a fused kernel knows."""
+    if isinstance(experts, GptOssExperts):
+        return SwiGLU(interleaved=True, alpha=experts.alpha, limit=experts.limit, up_shift=1.0)
+    is_default = type(experts)._apply_gate is GroupedExperts._apply_gate
+    return SwiGLU() if is_default and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation)) else None
+
+
+# (hidden_TH, topk_ids_TK, weights_TK, weights) -> [T, H]
+ExpertsPath = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights], torch.Tensor]
+
+
+def _on_rows(kernel: ExpertsKernel) -> ExpertsPath:
+    """Dropless experts around a kernel that computes rows grouped by expert."""
+
+    def path(hidden_TH, topk_ids_TK, weights_TK, weights: ExpertWeights):
+        rows = dispatch(hidden_TH, topk_ids_TK, weights.gate_up_EHF.shape[0])
+        return combine(kernel(rows.x_RH, weights, rows.offsets_E), weights_TK, rows.row_of_slot_R)
+
+    return path
+
+
+def _auto(hidden_TH, topk_ids_TK, weights_TK, weights: ExpertWeights) -> torch.Tensor:
+    sizes = tuple(weights.down_EIH.shape[1:])
+    name = choose_experts_kernel(hidden_TH.device.type, computing_dtype(hidden_TH), sizes, refusal_of(weights))
+    return EXPERTS_PATHS[name](hidden_TH, topk_ids_TK, weights_TK, weights)
+
+
+EXPERTS_PATHS: dict[str, ExpertsPath] = {
+    "auto": _auto,
+    "fused": fused_experts,
+    **{name: _on_rows(kernel) for name, kernel in EXPERTS_KERNELS.items()},
+}
+"""What `experts_kernel` can name, besides what transformers registers."""
+
+
 def run_experts(kernel_name: str, experts: Any, hidden_TH, topk_ids_TK, weights_TK) -> torch.Tensor:
     """Dropless experts with the kernel of that name; `experts` is any module with transformers' gated layout."""
-    rows = dispatch(hidden_TH, topk_ids_TK, experts.num_experts)
-    y_RH = EXPERTS_KERNELS[kernel_name](rows.x_RH, expert_weights(experts), rows.offsets_E)
-    return combine(y_RH, weights_TK, rows.row_of_slot_R)
+    return EXPERTS_PATHS[kernel_name](hidden_TH, topk_ids_TK, weights_TK, expert_weights(experts))
 
 
 def implementation_name(kernel_name: str) -> str:
@@ -52,7 +91,7 @@ def _register(kernel_name: str) -> None:
     ALL_EXPERTS_FUNCTIONS.register(implementation_name(kernel_name), forward)
 
 
-for _name in EXPERTS_KERNELS:
+for _name in EXPERTS_PATHS:
     _register(_name)
 
 
@@ -60,8 +99,8 @@ for _name in EXPERTS_KERNELS:
 class GroupedExperts(nn.Module):
     """E gated MLPs, stored as transformers stores them: gate rows above up rows, one 3-D parameter for all experts.
 
-    `config._experts_implementation` picks the kernel: ours (`xtuner_grouped_mm`, `xtuner_reference`) or any that
-    transformers knows. Its expert parallelism finds `num_experts` and the parameters by these names.
+    `config._experts_implementation` picks the kernel: one of ours (`EXPERTS_PATHS`, `xtuner_` before the name)
+    or any that transformers knows. Its expert parallelism finds `num_experts` and the parameters by these names.
     """
 
     def __init__(self, config):

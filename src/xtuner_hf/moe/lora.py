@@ -20,8 +20,8 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from torch import nn
 
-from ..kernels.experts import EXPERTS_KERNELS, LowRank
-from .experts import implementation_name
+from ..kernels.experts import LowRank
+from .experts import EXPERTS_PATHS, implementation_name
 
 ADAPTED = ("gate_up_proj", "down_proj")
 
@@ -99,10 +99,11 @@ def adopt_wrappers(model: nn.Module) -> list[ExpertsLora]:
 
 
 def _check_kernel(experts: Any) -> None:
-    ours = [implementation_name(kernel) for kernel in EXPERTS_KERNELS]
+    kernels = [kernel for kernel in EXPERTS_PATHS if kernel != "fused"]
+    ours = [implementation_name(kernel) for kernel in kernels]
     found = experts.config._experts_implementation
     if found not in ours:
         raise ValueError(
-            f"The experts have adapters (target_parameters), and the experts kernel {found!r} of transformers does not "
-            f"know them: set experts_kernel to one of {', '.join(EXPERTS_KERNELS)}."
+            f"The experts have adapters (target_parameters), and the experts kernel {found!r} does not know them: set "
+            f"experts_kernel to one of {', '.join(kernels)}."
         )

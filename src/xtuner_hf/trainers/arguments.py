@@ -10,10 +10,10 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from .._compat import EPImplementationInterface, ranks_per_node
-from ..kernels.experts import EXPERTS_KERNELS
 from ..memory.optimizer import check_optimizer
 from ..memory.recompute import RECOMPUTE_POLICIES
 from ..moe.ep_dispatcher import IMPLEMENTATION_NAME
+from ..moe.experts import EXPERTS_PATHS
 from ..parallel.layout import ParallelLayout
 
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -255,7 +255,7 @@ class MoEArguments:
         """The name in transformers' registry, None to leave the model's choice."""
         if self.experts_kernel == "auto":
             return None
-        return f"xtuner_{self.experts_kernel}" if self.experts_kernel in EXPERTS_KERNELS else self.experts_kernel
+        return f"xtuner_{self.experts_kernel}" if self.experts_kernel in EXPERTS_PATHS else self.experts_kernel
 
     @property
     def ep_implementation(self) -> str:

@@ -1,0 +1,37 @@
+"""The Triton kernels without a GPU: computed by Triton's interpreter, and compiled for an H200.
+
+Each in a process of its own: Triton decides when it is imported whether it interprets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(module: str, **variables: str) -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_equal_plain_torch_in_fp64():
+    errors = run("tests.kernels.triton_cases", TRITON_INTERPRET="1")
+    assert len(errors) > 100
+    # The interpreter cuts bf16 off where a GPU rounds: a whole unit in the last place, 2^-7.
+    wrong = {name: error for name, error in errors.items() if not error <= (2**-7 if "bfloat16" in name else 1e-6)}
+    assert not wrong
+
+
+def test_compile_for_an_h200(tmp_path):
+    shared_bytes = run("tests.kernels.compile_for_sm90", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(shared_bytes) >= 7
+    assert max(shared_bytes.values()) <= 227 * 1024, "what a block of an H200 can have"
