@@ -18,6 +18,7 @@ from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from huggingface_hub.serialization._base import parse_size_to_int
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
@@ -65,7 +66,9 @@ __all__ = [
     "cuda_flash_attention",
     "cuda_flash_attention_backward",
     "disable_dropout_in_model",
+    "extend_all_gathers",
     "flash_attention_by_name",
+    "fsdp_parameters",
     "get_checkpoint_conversion_mapping",
     "global_then_local_main_first",
     "has_generation_markers",
@@ -200,6 +203,28 @@ def batches_dealt_to(accelerator: Any, num_groups: int, group_size: int) -> Iter
         yield
     finally:
         state.device_mesh, config.dispatch_batches = mesh, dispatches
+
+
+def _fsdp_params(model: Any) -> list[Any]:
+    """What FSDP2 keeps of each parameter that it shards, of all modules of a model."""
+    groups = [
+        group
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None
+    ]
+    return [param for group in groups for param in group.fsdp_params]
+
+
+def fsdp_parameters(model: Any) -> list[tuple[tuple[Any, str], Any]]:
+    """(module and name, DTensor) of each parameter that FSDP2 shards."""
+    infos = [(param._module_info, param.sharded_param) for param in _fsdp_params(model)]
+    return [((info.module, info.param_name), sharded) for info, sharded in infos]
+
+
+def extend_all_gathers(model: Any) -> None:
+    """Let FSDP2 look again which shards have an all-gather extension; it does so when it shards a parameter."""
+    for param in _fsdp_params(model):
+        param._init_extensions()
 
 
 def launched_with_fsdp() -> bool:

@@ -12,12 +12,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xtuner_hf.kernels import triton_rows
+from xtuner_hf.kernels import triton_fp8, triton_rows
 
-HALF, INT, LONG, FLOAT = "*bf16", "*i32", "*i64", "*fp32"
+HALF, INT, LONG, FLOAT, FP8 = "*bf16", "*i32", "*i64", "*fp32", "*fp8e4nv"
 TILE = {"ROWS": 8, "COLUMNS": 512}
 SIZES = {"EXPERTS": 256, "BLOCK": 32}
 GPT_OSS = {"HAS_BIAS": True, "HAS_LIMIT": True, "INTERLEAVED": True} | TILE
+
+PRODUCT = {"num_warps": 8, "num_stages": 3}
 
 # kernel: types of its arguments in their order, and its constants
 KERNELS: dict[Any, tuple[list[str], dict[str, Any]]] = {
@@ -31,13 +33,27 @@ KERNELS: dict[Any, tuple[list[str], dict[str, Any]]] = {
         GPT_OSS,
     ),
     triton_rows.segment_sum_kernel: ([HALF, INT, FLOAT, "i32"], {"ROWS": 64, "COLUMNS": 128}),
+    triton_fp8.quantise_rows_kernel: ([HALF, FP8, FLOAT, "i32", "i32"], {"ROWS": 32, "SIZE": 128}),
+    triton_fp8.quantise_columns_kernel: ([HALF, FP8, FLOAT, "i32", "i32"], {"COLUMNS": 32, "SIZE": 128}),
+    triton_fp8.quantise_blocks_kernel: ([HALF, FP8, FLOAT, "i32", "i32"], {"SIZE": 128}),
+    triton_fp8.mm_kernel: (
+        [FP8, FLOAT, FP8, FLOAT, INT, HALF, *["i32"] * 4],
+        {"EXPERTS": 128, "SIZE": 128, "SIDE_BY_SIDE": 8},
+    ),
+    triton_fp8.outer_kernel: ([FP8, FLOAT, FP8, FLOAT, INT, HALF, *["i32"] * 3], {"SIZE": 128}),
 }
+
+
+def options(kernel: Any) -> dict[str, int]:
+    return PRODUCT if kernel in (triton_fp8.mm_kernel, triton_fp8.outer_kernel) else {}
 
 
 def compile_kernel(kernel: Any, types: list[str], constants: dict[str, Any], **options: Any) -> Any:
     names = [name for name in kernel.arg_names if name not in constants]
     signature = dict(zip(names, types, strict=True)) | {name: "constexpr" for name in constants}
-    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
+    # As for a launch with pointers of torch's and sizes that are multiples of 16.
+    divisible = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in names}
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, divisible)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

@@ -19,13 +19,69 @@ Legend: T tokens, K experts per token, R rows, H hidden size, I expert intermedi
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .experts import ExpertWeights
-from .select import row_kernels
+from .fp8 import BLOCK
+from .fp8_weights import fp8_kernels, operand
+from .select import computing_dtype, row_kernels
+from .swiglu import SwiGLU
+
+
+class Products(Protocol):
+    """The grouped matrix products of the path, in some precision. A and B: any features."""
+
+    align: int  # each expert's rows start at a multiple of this
+
+    def times(self, x_RA: torch.Tensor, weight_EAB: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+        """[R, B]"""
+
+    def weight_gradient(self, x_RA, grad_RB, weight_EAB, offsets_E) -> torch.Tensor:
+        """[E, A, B], in the memory layout of the parameter that `weight_EAB` is a view of."""
+
+
+class HighPrecision:
+    """Products in the dtype of their operands."""
+
+    align = 1
+
+    def __init__(self, device: torch.device):
+        self.rows = row_kernels(device)
+
+    def times(self, x_RA, weight_EAB, offsets_E):
+        return self.rows.grouped_mm(x_RA, weight_EAB, offsets_E)
+
+    def weight_gradient(self, x_RA, grad_RB, weight_EAB, offsets_E):
+        if _is_transposed(weight_EAB):
+            return self.rows.grouped_outer(grad_RB, x_RA, offsets_E).transpose(1, 2)
+        return self.rows.grouped_outer(x_RA, grad_RB, offsets_E)
+
+
+class Fp8:
+    """Products in FP8 (fp8.py), with weights that may be cached or gathered in FP8."""
+
+    align = BLOCK
+
+    def __init__(self, device: torch.device):
+        self.kernels = fp8_kernels(device)
+
+    def times(self, x_RA, weight_EAB, offsets_E):
+        weight = operand(weight_EAB.transpose(1, 2))
+        return self.kernels.grouped_mm(self.kernels.quantise_rows(x_RA), weight, offsets_E, x_RA.dtype)
+
+    def weight_gradient(self, x_RA, grad_RB, weight_EAB, offsets_E):
+        x, grad = self.kernels.quantise_columns(x_RA), self.kernels.quantise_columns(grad_RB)
+        if _is_transposed(weight_EAB):
+            return self.kernels.grouped_outer(grad, x, offsets_E, weight_EAB.dtype).transpose(1, 2)
+        return self.kernels.grouped_outer(x, grad, offsets_E, weight_EAB.dtype)
+
+
+def _is_transposed(weight_EAB: torch.Tensor) -> bool:
+    return weight_EAB.stride(1) == 1 and weight_EAB.shape[1] > 1
 
 
 def fused_experts(
@@ -36,17 +92,33 @@ def fused_experts(
     Raises:
         ValueError: for experts with another activation than `SwiGLU` describes, or with adapters.
     """
+    _refuse("fused", weights, "'grouped_mm'")
+    dtype = computing_dtype(hidden_TH)
+    weights = weights._replace(gate_up_EHF=weights.gate_up_EHF.to(dtype), down_EIH=weights.down_EIH.to(dtype))
+    return _run(hidden_TH.to(dtype), topk_ids_TK, weights_TK, weights, HighPrecision(hidden_TH.device))
+
+
+def fp8_experts(
+    hidden_TH: torch.Tensor, topk_ids_TK: torch.Tensor, weights_TK: torch.Tensor, weights: ExpertWeights
+) -> torch.Tensor:
+    """As `fused_experts`, with all six products in FP8."""
+    _refuse("fp8", weights, "fp8=False")
+    return _run(hidden_TH.to(computing_dtype(hidden_TH)), topk_ids_TK, weights_TK, weights, Fp8(hidden_TH.device))
+
+
+def _refuse(name: str, weights: ExpertWeights, remedy: str) -> None:
     refusal = refusal_of(weights)
     if refusal is not None:
-        raise ValueError(f"experts_kernel='fused' cannot compute these experts: {refusal}. Use 'grouped_mm'.")
-    dtype = computing_dtype(hidden_TH)
-    hidden_TH, gate_up_EHF, down_EIH = (x.to(dtype) for x in (hidden_TH, weights.gate_up_EHF, weights.down_EIH))
+        raise ValueError(f"The experts kernel {name!r} cannot compute these experts: {refusal}. Use {remedy}.")
+
+
+def _run(hidden_TH, topk_ids_TK, weights_TK, weights: ExpertWeights, products: Products) -> torch.Tensor:
     base_TH = None
     if weights.down_bias_EH is not None:
         base_TH = _weighted_biases(topk_ids_TK, weights_TK, weights.down_bias_EH)
     return _FusedExperts.apply(
-        *(hidden_TH, weights_TK, gate_up_EHF, down_EIH, weights.gate_up_bias_EF, base_TH),
-        *(topk_ids_TK, weights.swiglu, row_kernels(hidden_TH.device)),
+        *(hidden_TH, weights_TK, weights.gate_up_EHF, weights.down_EIH, weights.gate_up_bias_EF, base_TH),
+        *(topk_ids_TK, weights.swiglu, row_kernels(hidden_TH.device), products),
     )
 
 
@@ -59,14 +131,6 @@ def refusal_of(weights: ExpertWeights) -> str | None:
     return None
 
 
-def computing_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that matrix products of `x` run in: its own, or autocast's."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def _weighted_biases(topk_ids_TK, weights_TK, bias_EH) -> torch.Tensor:
     """[T, H] fp32: the part of the output that is a sum of biases, as one small matrix product."""
     dtype = torch.promote_types(weights_TK.dtype, bias_EH.dtype)
@@ -77,58 +141,60 @@ def _weighted_biases(topk_ids_TK, weights_TK, bias_EH) -> torch.Tensor:
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH, weights_TK, gate_up_EHF, down_EIH, gate_up_bias_EF, base_TH, topk_ids_TK, swiglu, rows):
-        grouping = rows.group_by_expert(topk_ids_TK, gate_up_EHF.shape[0])
-        gate_up_RF = rows.grouped_mm(rows.take(hidden_TH, grouping), gate_up_EHF, grouping.offsets_E)
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        gate_up_EHF: torch.Tensor,
+        down_EIH: torch.Tensor,
+        gate_up_bias_EF: torch.Tensor | None,
+        base_TH: torch.Tensor | None,
+        topk_ids_TK: torch.Tensor,
+        swiglu: SwiGLU,
+        rows: ModuleType,
+        products: Products,
+    ) -> torch.Tensor:
+        grouping = rows.group_by_expert(topk_ids_TK, gate_up_EHF.shape[0], products.align)
+        gate_up_RF = products.times(rows.take(hidden_TH, grouping), gate_up_EHF, grouping.offsets_E)
         gated_RI = rows.gate(gate_up_RF, gate_up_bias_EF, topk_ids_TK, weights_TK, grouping, swiglu)
-        y_RH = rows.grouped_mm(gated_RI, down_EIH, grouping.offsets_E)
+        y_RH = products.times(gated_RI, down_EIH, grouping.offsets_E)
         ctx.save_for_backward(
             *(hidden_TH, weights_TK, gate_up_EHF, down_EIH, gate_up_bias_EF, topk_ids_TK, gate_up_RF, *grouping)
         )
-        ctx.swiglu, ctx.rows, ctx.base_dtype = swiglu, rows, None if base_TH is None else base_TH.dtype
+        ctx.swiglu, ctx.rows, ctx.products = swiglu, rows, products
+        ctx.base_dtype = None if base_TH is None else base_TH.dtype
         return rows.sum_slots(y_RH, grouping, base_TH)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TH):
-        rows: Any = ctx.rows
-        hidden_TH, weights_TK, gate_up_EHF, down_EIH, gate_up_bias_EF, topk_ids_TK, gate_up_RF, *indices = (
-            ctx.saved_tensors
-        )
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, products = ctx.rows, ctx.products
+        hidden_TH, weights_TK, gate_up_EHF, down_EIH, bias_EF, topk_ids_TK, gate_up_RF, *indices = ctx.saved_tensors
         grouping = rows.Grouping(*indices)
         wants_hidden, _, wants_gate_up, wants_down, wants_bias, wants_base = ctx.needs_input_grad[:6]
         ends = grouping.offsets_E
 
-        grad_TH = grad_TH.contiguous()
         grad_y_RH = rows.take(grad_TH, grouping)
-        grad_gated_RI = rows.grouped_mm(grad_y_RH, down_EIH.transpose(1, 2), ends)
+        grad_gated_RI = products.times(grad_y_RH, down_EIH.transpose(1, 2), ends)
         gated_RI, grad_gate_up_RF, grad_weights_TK = rows.gate_backward(
-            grad_gated_RI, gate_up_RF, gate_up_bias_EF, topk_ids_TK, weights_TK, grouping, ctx.swiglu
+            grad_gated_RI, gate_up_RF, bias_EF, topk_ids_TK, weights_TK, grouping, ctx.swiglu
         )
         del grad_gated_RI
-        grad_down_EIH = weight_gradient(rows, gated_RI, grad_y_RH, down_EIH, ends) if wants_down else None
+        grad_down_EIH = products.weight_gradient(gated_RI, grad_y_RH, down_EIH, ends) if wants_down else None
         del gated_RI, grad_y_RH
 
-        grad_gate_up_EHF = None
+        grad_gate_up_EHF = grad_bias_EF = grad_hidden_TH = None
         if wants_gate_up:
-            grad_gate_up_EHF = weight_gradient(rows, rows.take(hidden_TH, grouping), grad_gate_up_RF, gate_up_EHF, ends)
-        grad_bias_EF = None
+            x_RH = rows.take(hidden_TH, grouping)
+            grad_gate_up_EHF = products.weight_gradient(x_RH, grad_gate_up_RF, gate_up_EHF, ends)
+            del x_RH
         if wants_bias:
-            grad_bias_EF = rows.segment_sum(grad_gate_up_RF, ends).to(gate_up_bias_EF.dtype)
-        grad_hidden_TH = None
+            grad_bias_EF = rows.segment_sum(grad_gate_up_RF, ends).to(bias_EF.dtype)
         if wants_hidden:
-            grad_hidden_TH = rows.sum_slots(
-                rows.grouped_mm(grad_gate_up_RF, gate_up_EHF.transpose(1, 2), ends), grouping
-            )
+            grad_x_RH = products.times(grad_gate_up_RF, gate_up_EHF.transpose(1, 2), ends)
+            grad_hidden_TH = rows.sum_slots(grad_x_RH, grouping)
         grad_base_TH = grad_TH.to(ctx.base_dtype) if wants_base else None
         return (
             *(grad_hidden_TH, grad_weights_TK.to(weights_TK.dtype), grad_gate_up_EHF, grad_down_EIH),
-            *(grad_bias_EF, grad_base_TH, None, None, None),
+            *(grad_bias_EF, grad_base_TH, None, None, None, None),
         )
-
-
-def weight_gradient(rows: Any, x_RA, grad_RB, weight_EAB, offsets_E) -> torch.Tensor:
-    """[E, A, B], in the memory layout of the parameter that `weight_EAB` is a view of."""
-    if weight_EAB.stride(1) == 1 and weight_EAB.shape[1] > 1:
-        return rows.grouped_outer(grad_RB, x_RA, offsets_E).transpose(1, 2)
-    return rows.grouped_outer(x_RA, grad_RB, offsets_E)

@@ -20,6 +20,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def computing_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that matrix products of `x` run in: its own, or autocast's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def row_kernels(device: torch.device) -> ModuleType:
     """The module with the steps of the MoE path for this device."""
     if device.type != "cuda" or not has_triton():

@@ -22,6 +22,7 @@ from ..checkpoint.dequantise_on_load import (
 )
 from ..checkpoint.folder import SHARDS
 from ..checkpoint.side_files import write_side_files
+from ..kernels.fp8_weights import Fp8State
 from ..memory.recompute import LayerCheckpoint
 from ..moe.experts import implementation_name
 from ..parallel.shard import distribute_model
@@ -160,6 +161,9 @@ class HubModelMixin(_Base):
     def explain_missing(self, names: set[str]) -> str:
         """What a family has to add to the error about missing parameters of these names."""
         return ""
+
+    # The quantised weights of FP8 training; models/fp8.py sets it.
+    fp8: Fp8State | None = None
 
     # What checkpointed layers keep besides their inputs, and where; memory/recompute.py sets it.
     layer_checkpoint: LayerCheckpoint | None = None

@@ -15,8 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from ..kernels.experts import EXPERTS_KERNELS, ExpertsKernel, ExpertWeights
-from ..kernels.fused import computing_dtype, fused_experts, refusal_of
-from ..kernels.select import choose_experts_kernel
+from ..kernels.fused import fp8_experts, fused_experts, refusal_of
+from ..kernels.select import choose_experts_kernel, computing_dtype
 from ..kernels.swiglu import SwiGLU
 from .combine import combine
 from .dispatcher import dispatch
@@ -42,7 +42,8 @@ def _swiglu(experts: Any) -> SwiGLU | None:
     """What `experts._apply_gate` computes, None if it is nothing that a fused kernel knows."""
     if isinstance(experts, GptOssExperts):
         return SwiGLU(interleaved=True, alpha=experts.alpha, limit=experts.limit, up_shift=1.0)
-    is_default = type(experts)._apply_gate is GroupedExperts._apply_gate
+    decorated: Any = GroupedExperts  # the decorator adds transformers' default
+    is_default = type(experts)._apply_gate is decorated._apply_gate
     return SwiGLU() if is_default and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation)) else None
 
 
@@ -69,6 +70,7 @@ def _auto(hidden_TH, topk_ids_TK, weights_TK, weights: ExpertWeights) -> torch.T
 EXPERTS_PATHS: dict[str, ExpertsPath] = {
     "auto": _auto,
     "fused": fused_experts,
+    "fp8": fp8_experts,
     **{name: _on_rows(kernel) for name, kernel in EXPERTS_KERNELS.items()},
 }
 """What `experts_kernel` can name, besides what transformers registers."""

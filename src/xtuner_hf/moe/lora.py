@@ -99,7 +99,7 @@ def adopt_wrappers(model: nn.Module) -> list[ExpertsLora]:
 
 
 def _check_kernel(experts: Any) -> None:
-    kernels = [kernel for kernel in EXPERTS_PATHS if kernel != "fused"]
+    kernels = [kernel for kernel in EXPERTS_PATHS if kernel not in ("fused", "fp8")]
     ours = [implementation_name(kernel) for kernel in kernels]
     found = experts.config._experts_implementation
     if found not in ours:

@@ -76,8 +76,18 @@ class MoEArguments:
     experts_kernel: str = field(
         default="auto",
         metadata={
-            "help": "What computes the experts: 'auto', 'grouped_mm', 'reference' (slow, any dtype), or a name that "
-            "transformers registers as an experts implementation."
+            "help": "What computes the experts: 'fused' (one path with little memory; CUDA with Triton), 'grouped_mm' "
+            "(equal to transformers' to the last bit in fp32), 'reference' (slow, any dtype), a name that transformers "
+            "registers as an experts implementation, or 'auto': 'fused' where it runs, else 'grouped_mm'; logged."
+        },
+    )
+    fp8: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply in FP8 (e4m3; scales per 128 values of activations and per 128x128 block of weights): "
+            "experts and dense projections, forward and backward. Router, norms, embeddings, head and all parameters "
+            "stay as they are. For GPUs with FP8 tensor cores (Hopper and newer) and many tokens a micro-batch; "
+            "docs/fp8.md says when it does not pay."
         },
     )
     router_aux_loss_coef: float | None = field(
@@ -227,6 +237,12 @@ class MoEArguments:
         if parent is not None:
             parent()
         self._check_recompute()
+
+        if self.fp8 and self.experts_kernel not in ("auto", "fp8"):
+            raise ValueError(
+                f"fp8=True computes the experts with its own kernel, and experts_kernel is {self.experts_kernel!r}: "
+                "leave it at 'auto', or set fp8=False."
+            )
 
     def _check_recompute(self) -> None:
         # What the parent calls activation checkpointing has two names until transformers 6; here both are settled.

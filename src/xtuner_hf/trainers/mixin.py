@@ -139,6 +139,8 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
         layouts = [TokenLayout.of_batch(self._model_inputs(batch)) for batch in batches]
         self._totals = self.sum_over_batches(torch.stack([layout.totals() for layout in layouts]).sum(0).to(device))
         self._balance.start_step(self._totals[0], self._totals[1])
+        if (fp8 := base_model(self.model).fp8) is not None:
+            fp8.new_step()
         self._batches, self._micro_batch, self._counted = batches, 0, False
 
     def _model_inputs(self, batch: dict) -> dict:

@@ -17,6 +17,7 @@ from ..attention.varlen import VARLEN_ATTENTION, attention_refusal
 from ..memory.recompute import set_recompute
 from ..models.auto import AutoModelForCausalLM, check_has_mtp
 from ..models.base import HubModelMixin
+from ..models.fp8 import use_fp8
 from ..parallel.adapters import base_model, is_adapted, shard_adapters, without_adapters
 from ..parallel.layout import ParallelLayout
 from ..parallel.prefetch import set_prefetch
@@ -89,6 +90,8 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     if args.world_size > 1 and args.process_index == 0:
         _announce(f"{layout.describe(num_experts(base_model(model)))}\n{layout.picture()}")
     sum_gradients(model)
+    if args.fp8:
+        use_fp8(base_model(model), args.device)
     set_recompute(base_model(model), args.recompute or "full", offload=args.activation_offload, device=args.device)
     return model
 

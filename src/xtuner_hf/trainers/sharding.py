@@ -9,7 +9,9 @@ from torch import nn
 from transformers import Trainer
 
 from .._compat import use_fsdp_on_cpu
-from ..parallel.adapters import sync_replicated_parameters
+from ..kernels.fp8_weights import Fp8State
+from ..parallel.adapters import base_model, sync_replicated_parameters
+from ..parallel.fp8_gather import gather_in_fp8
 from ..parallel.grad_norm import clip_grad_norm
 from ..parallel.plugin import MoEParallelPlugin
 from ..parallel.prefetch import set_prefetch
@@ -71,6 +73,8 @@ class ShardingMixin(_Base):
         if self._parallel_plugin is not None:
             sum_gradients(self.model)
             set_prefetch(self.model)
+            if self.args.fp8:
+                base_model(self.model).fp8 = Fp8State(gather_in_fp8(self.model))
         return prepared
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
