@@ -1,6 +1,7 @@
 """`xtuner-hf`: commands around training.
 
 xtuner-hf convert out/checkpoint-500 model-for-the-hub --dtype bfloat16
+xtuner-hf bench --shapes qwen3-30b-a3b --lengths 4096
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from .bench.arguments import add_arguments as add_bench_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,7 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     convert.add_argument(
         "--per-expert", action="store_true", help="of an adapter: a tensor for each expert, not PEFT's fused ones"
     )
+    bench = commands.add_parser(
+        "bench",
+        help="measure layer stacks of published models, ours next to stock transformers",
+        description="Train short stacks of layers with the widths of published models, through the trainers' own "
+        "step: forward, backward and optimizer apart, tokens/s, TFLOP/s, peak memory. docs/speed.md explains them.",
+    )
+    add_bench_arguments(bench)
     options = parser.parse_args(arguments)
+    if options.command == "bench":
+        from .bench.command import run_benchmark
+
+        run_benchmark(options)
+        return
     convert_checkpoint(options.checkpoint, options.out, options.dtype, options.max_shard_size, options.per_expert)
 
 

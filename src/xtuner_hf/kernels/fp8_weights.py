@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import fp8
 from .fp8 import E4M3, Quantised
@@ -42,7 +41,7 @@ def fp8_kernels(device: torch.device) -> ModuleType:
 def operand(weight: torch.Tensor) -> Quantised:
     """A weight [..., B, A], or a transposed view of one, quantised by blocks; both parts contiguous."""
     if isinstance(weight, GatheredWeight):
-        return Quantised(weight.values.contiguous(), weight.scale.contiguous())
+        return Quantised(weight.e4m3.contiguous(), weight.scale.contiguous())
     is_stored = weight.stride(-1) == 1
     stored = (weight if is_stored else weight.transpose(-2, -1)).detach()
     parameter: Any = weight if weight._base is None else weight._base
@@ -82,7 +81,7 @@ class QuantisedCache:
         self._version, self._made = None, {}
 
 
-def cache_quantised(parameter: nn.Parameter) -> QuantisedCache:
+def cache_quantised(parameter: torch.Tensor) -> QuantisedCache:
     """Quantise this parameter once for each value that it takes, and not at each use.
 
     Not for parameters of FSDP: gathering writes new values and counts no new version.
@@ -106,18 +105,18 @@ class Fp8State:
 class GatheredWeight(torch.Tensor):
     """A weight whose values lie in FP8; to autograd and FSDP it is one of the computation's dtype.
 
-    Products take `values` and `scale`; any other operation on the whole of it is an error.
+    Products take `e4m3` and `scale`; any other operation on the whole of it is an error.
     """
 
-    values: torch.Tensor
+    e4m3: torch.Tensor
     scale: torch.Tensor
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
-        weight = torch.Tensor._make_wrapper_subclass(
+        weight: Any = torch.Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), dtype=dtype, device=values.device
         )
-        weight.values, weight.scale = values, scale
+        weight.e4m3, weight.scale = values, scale
         return weight
 
     def __init__(self, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
@@ -129,14 +128,14 @@ class GatheredWeight(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> GatheredWeight:
         weight, *rest = args
         if func is torch.ops.aten.transpose.int:
-            return cls(*(part.transpose(*rest) for part in (weight.values, weight.scale)), weight.dtype)
+            return cls(*(part.transpose(*rest) for part in (weight.e4m3, weight.scale)), weight.dtype)
         is_view = func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.view.default)
         is_whole = func is torch.ops.aten.as_strided.default and tuple(rest[0]) == tuple(weight.shape)
         if is_whole or (is_view and (not rest or tuple(rest[0]) == tuple(weight.shape))):
-            return cls(weight.values, weight.scale, weight.dtype)
+            return cls(weight.e4m3, weight.scale, weight.dtype)
         raise NotImplementedError(f"{func} on a weight that was gathered in FP8: only products of fp8_weights take it.")
 
 
