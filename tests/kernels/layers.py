@@ -35,13 +35,15 @@ def make_experts(kind: str, dtype: torch.dtype = torch.float64) -> torch.nn.Modu
 
 
 def step(kernel: str, experts: torch.nn.Module, topk_ids_TK: torch.Tensor, dtype=torch.float64) -> dict:
-    """The output and all gradients of one forward and backward."""
-    generator = torch.Generator().manual_seed(3)
-    tokens = topk_ids_TK.shape[0]
-    hidden_TH = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weights_TK = torch.rand(topk_ids_TK.shape, generator=generator, dtype=torch.float64)
-    weights_TK = weights_TK.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    grad_TH = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    """The output and all gradients of one forward and backward, on the device of the ids."""
+    generator, (tokens, top_k) = torch.Generator().manual_seed(3), topk_ids_TK.shape
+
+    def random(make, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return make(*shape, generator=generator, dtype=torch.float64).to(topk_ids_TK.device, dtype)
+
+    hidden_TH = random(torch.randn, tokens, HIDDEN, dtype=dtype).requires_grad_()
+    weights_TK = random(torch.rand, tokens, top_k, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+    grad_TH = random(torch.randn, tokens, HIDDEN, dtype=dtype)
     experts.zero_grad()
     output_TH = run_experts(kernel, experts, hidden_TH, topk_ids_TK, weights_TK)
     output_TH.backward(grad_TH)

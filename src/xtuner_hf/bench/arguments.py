@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 SHAPES = ("qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-20b", "deepseek-v3")
-VARIANTS = ("ours", "ours fp8", "ours step by step", "stock grouped_mm", "stock sonicmoe")
+VARIANTS = ("ours", "ours compiled", "ours fp8", "ours step by step", "stock grouped_mm", "stock sonicmoe")
 ROUTINGS = ("real", "balanced")
 RECOMPUTES = ("none", "full")
 

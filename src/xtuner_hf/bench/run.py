@@ -30,6 +30,7 @@ from .shapes import VOCABULARY, Shape
 # What a case can compare: (ours?, the name of an experts implementation, further arguments of the trainer).
 VARIANTS: dict[str, tuple[bool, str, dict[str, Any]]] = {
     "ours": (True, "auto", {}),
+    "ours compiled": (True, "auto", {"compile_blocks": True}),
     "ours fp8": (True, "auto", {"fp8": True}),
     "ours step by step": (True, "grouped_mm", {}),
     "stock grouped_mm": (False, "grouped_mm", {}),

@@ -125,10 +125,10 @@ class GatheredWeight(torch.Tensor):
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"GatheredWeight({tuple(self.shape)}, dtype={self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> GatheredWeight:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         weight, *rest = args
         if func is torch.ops.aten.transpose.int:
             return cls(*(part.transpose(*rest) for part in (weight.e4m3, weight.scale)), weight.dtype)

@@ -90,6 +90,14 @@ class MoEArguments:
             "docs/fp8.md says when it does not pay."
         },
     )
+    compile_blocks: bool = field(
+        default=False,
+        metadata={
+            "help": "torch.compile each layer's attention (not its kernel), norms and dense MLPs: fewer passes over "
+            "memory for QK-norm, RoPE and activations. Costs a minute or so in the first step; not for short runs. "
+            "torch_compile=True, the parent's, compiles the whole model, which breaks at the experts."
+        },
+    )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={

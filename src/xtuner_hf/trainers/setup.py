@@ -18,6 +18,7 @@ from ..memory.recompute import set_recompute
 from ..models.auto import AutoModelForCausalLM, check_has_mtp
 from ..models.base import HubModelMixin
 from ..models.fp8 import use_fp8
+from ..models.fused import compile_blocks, fuse_norms
 from ..parallel.adapters import base_model, is_adapted, shard_adapters, without_adapters
 from ..parallel.layout import ParallelLayout
 from ..parallel.prefetch import set_prefetch
@@ -92,6 +93,10 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     sum_gradients(model)
     if args.fp8:
         use_fp8(base_model(model), args.device)
+    if args.device.type == "cuda":
+        fuse_norms(base_model(model))
+    if args.compile_blocks:
+        compile_blocks(base_model(model))
     set_recompute(base_model(model), args.recompute or "full", offload=args.activation_offload, device=args.device)
     return model
 
