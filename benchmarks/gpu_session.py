@@ -153,9 +153,8 @@ def products(options: argparse.Namespace) -> dict:
         seconds = {name: seconds_of(call, device) for name, call in calls.items()}
         work = 2 * int(ends[-1]) * summed * columns / 1e12
         products = {name: taken for name, taken in seconds.items() if "quantise" not in name}
-        return {f"{name} TFLOP/s": work / taken for name, taken in products.items()} | {
-            f"{name} ms": 1e3 * taken for name, taken in seconds.items()
-        }
+        tflops = {f"{name} TFLOP/s": work / taken for name, taken in products.items()}
+        return tflops | {f"{name} ms": 1e3 * taken for name, taken in seconds.items()}
 
     # Gate and up of each shape's experts, and a dense projection: (experts, rows, summed, columns).
     sizes = {

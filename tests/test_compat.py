@@ -198,6 +198,18 @@ def test_what_sharding_a_model_leans_on():
     assert parameters(PreTrainedModel._expand_parallel_plan) == ["self", "plan"]
 
 
+def test_what_gathering_in_fp8_leans_on():
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    assert parameters(FSDPParam._init_extensions) == ["self"]
+    gather = inspect.getsource(FSDPParam.all_gather_inputs.fget)
+    assert "fsdp_pre_all_gather" in gather
+    # Of a group of one rank, FSDP takes one tensor: kernels/fp8_weights.py packs its two.
+    assert "all_gather_inputs[0]" in inspect.getsource(FSDPParamGroup.wait_for_unshard)
+    assert "_fsdp_param_group" in inspect.getsource(_compat.FSDPModule.reshard)
+
+
 def test_what_the_trainers_hook_into():
     assert parameters(Trainer._build_accelerator_args) == ["self", "kwargs"]
     assert parameters(Trainer.create_accelerator_and_postprocess) == ["self"]

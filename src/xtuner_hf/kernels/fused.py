@@ -118,7 +118,7 @@ def _run(hidden_TH, topk_ids_TK, weights_TK, weights: ExpertWeights, products: P
         base_TH = _weighted_biases(topk_ids_TK, weights_TK, weights.down_bias_EH)
     return _FusedExperts.apply(
         *(hidden_TH, weights_TK, weights.gate_up_EHF, weights.down_EIH, weights.gate_up_bias_EF, base_TH),
-        *(topk_ids_TK, weights.swiglu, row_kernels(hidden_TH.device), products),
+        *(topk_ids_TK.contiguous(), weights.swiglu, row_kernels(hidden_TH.device), products),
     )
 
 

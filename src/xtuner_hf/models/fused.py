@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class FusedRMSNorm(nn.Module):
 
 
 @functools.cache
-def _fused_class(norm_class: type[nn.Module]) -> type[nn.Module]:
+def _fused_class(norm_class: Any) -> Any:
     return type(f"Fused{norm_class.__name__}", (FusedRMSNorm, norm_class), {})
 
 
