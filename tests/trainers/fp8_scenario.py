@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from unittest import mock
 
 from accelerate.state import AcceleratorState
@@ -32,6 +33,8 @@ def fp8_run(ranks: int = 1, **arguments) -> dict:
 def on_ranks(runs: list[dict]) -> list[dict]:
     results = []
     for run in runs:
+        if run.pop("accelerate_door", False):
+            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         results.append(fp8_run(**run))
         AcceleratorState._reset_state()  # it outlives a trainer
     return results

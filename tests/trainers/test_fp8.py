@@ -26,7 +26,8 @@ def one_process() -> dict:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[list[dict]]:
-    runs = [{"ranks": 2, "dtype": torch.float32, "ep_size": ep_size} for ep_size in (1, 2)]
+    runs = [{"ep_size": 1}, {"ep_size": 2}, {"accelerate_door": True}]
+    runs = [run | {"ranks": 2, "dtype": torch.float32} for run in runs]
     return run_on_ranks("tests.trainers.fp8_scenario:on_ranks", 2, runs=runs)
 
 
@@ -50,14 +51,15 @@ def test_experts_and_dense_projections_become_fp8(name):
 
 
 def test_ranks_compute_what_one_process_does(one_process, ranks):
-    for sharded, _ in ranks:
-        worst = differences(sharded, one_process)
-        assert max(worst.values()) < 2e-6, worst
+    for sharded, _, by_accelerate in ranks:
+        for run in (sharded, by_accelerate):
+            worst = differences(run, one_process)
+            assert max(worst.values()) < 2e-6, worst
 
 
 def test_expert_parallelism_differs_by_the_noise_of_fp8(one_process, ranks):
     # Experts see the tokens of both ranks, cut into other blocks.
-    for _, run in ranks:
+    for _, run, _ in ranks:
         for name, expected in one_process["grads"][0].items():
             assert (run["grads"][0][name] - expected).norm() < 0.1 * expected.norm(), name
 
@@ -66,8 +68,7 @@ def test_weights_are_quantised_once_a_step(one_process, ranks):
     # Of 3 layers, one dense: q, k, v, o; gate, up, down; the two of the experts.
     weights = 3 * 4 + 3 + 2 * 2
     assert len(one_process["quantised"]) == STEPS * weights
-    sharded, expert_parallel = ranks[0]
-    for run in (sharded, expert_parallel):
+    for run in ranks[0]:
         by_shape = {shape: run["quantised"].count(shape) for shape in run["quantised"]}
         assert by_shape[128, 64] == STEPS * 3, "a rank's half of q_proj, once a step in each layer"
         assert by_shape[4, 96, 64] == by_shape[4, 64, 48] == STEPS * 2, "its half of the experts"
