@@ -38,6 +38,10 @@ def test_fp8_equals_the_recipe_in_plain_torch():
 
 
 def test_compile_for_an_h200(tmp_path):
-    shared_bytes = run("tests.kernels.compile_for_sm90", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(shared_bytes) >= 12
-    assert max(shared_bytes.values()) <= 227 * 1024, "what a block of an H200 can have"
+    kernels = run("tests.kernels.compile_for_sm90", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(kernels) == 10 + 4
+    assert max(kernel["shared"] for kernel in kernels.values()) <= 227 * 1024, "what a block of an H200 can have"
+    for name in (name for name in kernels if "by " in name):
+        assert kernels[name]["multiplies"] >= 4, f"{name}: 128 products by FP8 instructions of the tensor cores"
+        assert kernels[name]["copies"] > 0, f"{name}: tiles are loaded while others are multiplied"
+        assert kernels[name]["spills"] == 0, name

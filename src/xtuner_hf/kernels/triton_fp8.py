@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .fp8 import BLOCK, E4M3, Quantised
 
@@ -120,8 +121,12 @@ def mm_kernel(
     EXPERTS: tl.constexpr,
     SIZE: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """A tile of 128 rows, all of one expert, times a tile of 128 of its weight's rows."""
+    """A tile of 128 rows, all of one expert, times a tile of 128 of its weight's rows.
+
+    DESCRIBED: `x_RA` and `weight_EBA` (as [E*B, A]) are tensor descriptors, which the copy engine loads by.
+    """
     row_tiles, column_tiles = tl.cdiv(num_rows, SIZE), tl.cdiv(num_columns, SIZE)
     band = tl.program_id(0) // (SIDE_BY_SIDE * column_tiles)
     first = band * SIDE_BY_SIDE
@@ -137,22 +142,23 @@ def mm_kernel(
         column = column_tile * SIZE + tl.arange(0, SIZE)
         inner = tl.arange(0, SIZE)
         inner_blocks = tl.cdiv(num_inner, SIZE)
-        weight = weight_EBA + expert.to(tl.int64) * num_columns * num_inner
         scales = scale_EBbAb + (expert * column_tiles + column_tile) * inner_blocks
         total = tl.zeros((SIZE, SIZE), dtype=tl.float32)
         for block in range(0, inner_blocks):
-            depth = block * SIZE + inner
-            is_depth = depth < num_inner
-            x = tl.load(
-                x_RA + row[:, None] * num_inner + depth[None, :],
-                mask=(row < num_rows)[:, None] & is_depth[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                weight + column[None, :] * num_inner + depth[:, None],
-                mask=(column < num_columns)[None, :] & is_depth[:, None],
-                other=0.0,
-            )
+            if DESCRIBED:
+                x = x_RA.load([row_tile * SIZE, block * SIZE])
+                # A tile that reaches into the next expert is cut off when it is stored.
+                w = weight_EBA.load([expert * num_columns + column_tile * SIZE, block * SIZE]).T
+            else:
+                depth = block * SIZE + inner
+                is_depth = depth < num_inner
+                x = tl.load(
+                    x_RA + row[:, None] * num_inner + depth[None, :],
+                    mask=(row < num_rows)[:, None] & is_depth[None, :],
+                    other=0.0,
+                )
+                place = expert.to(tl.int64) * num_columns * num_inner + column[None, :] * num_inner + depth[:, None]
+                w = tl.load(weight_EBA + place, mask=(column < num_columns)[None, :] & is_depth[:, None], other=0.0)
             scale = tl.load(scale_RAb + row * inner_blocks + block, mask=row < num_rows, other=0.0)
             total += tl.dot(x, w) * (scale * tl.load(scales + block))[:, None]
         place = out_RB + row[:, None] * num_columns + column[None, :]
@@ -164,9 +170,13 @@ def grouped_mm(x_RA: Quantised, weight_EBA: Quantised, offsets_E: torch.Tensor, 
     num_experts, num_columns, num_inner = weight_EBA.values.shape
     num_rows = x_RA.values.shape[0]
     out_RB = torch.empty(num_rows, num_columns, dtype=dtype, device=x_RA.values.device)
+    x, weight = x_RA.values, weight_EBA.values
+    described = _can_be_described(x, weight)
     mm_kernel[(triton.cdiv(num_rows, BLOCK) * triton.cdiv(num_columns, BLOCK),)](
-        *x_RA,
-        *weight_EBA,
+        _describe(x) if described else x,
+        x_RA.scale,
+        _describe(weight.flatten(0, 1)) if described else weight,
+        weight_EBA.scale,
         offsets_E,
         out_RB,
         num_rows,
@@ -176,10 +186,20 @@ def grouped_mm(x_RA: Quantised, weight_EBA: Quantised, offsets_E: torch.Tensor, 
         EXPERTS=triton.next_power_of_2(num_experts),
         SIZE=BLOCK,
         SIDE_BY_SIDE=TILES_SIDE_BY_SIDE,
+        DESCRIBED=described,
         num_warps=8,
         num_stages=3,
     )
     return out_RB
+
+
+def _can_be_described(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine can load tiles of these: rows and beginnings at multiples of 16 bytes."""
+    return all(x.shape[-1] % 16 == 0 and x.data_ptr() % 16 == 0 and x.numel() > 0 for x in tensors)
+
+
+def _describe(x_RA: torch.Tensor) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x_RA, [BLOCK, BLOCK])
 
 
 @triton.jit
@@ -194,8 +214,9 @@ def outer_kernel(
     height,
     width,
     SIZE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """A tile of one expert's weight gradient: the sum over its rows, 128 at a time."""
+    """A tile of one expert's weight gradient: the sum over its rows, 128 at a time. DESCRIBED: as in `mm_kernel`."""
     expert = tl.program_id(2)
     b = (tl.program_id(0) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
     a = (tl.program_id(1) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
@@ -204,12 +225,18 @@ def outer_kernel(
     end = tl.cdiv(tl.load(offsets_E + expert), SIZE)
     total = tl.zeros((SIZE, SIZE), dtype=tl.float32)
     for block in range(begin, end):
-        row = block * SIZE + tl.arange(0, SIZE)
-        is_row = row < num_rows
-        x = tl.load(
-            x_BR + b[:, None] * num_rows + row[None, :], mask=(b < height)[:, None] & is_row[None, :], other=0.0
-        )
-        y = tl.load(y_AR + a[None, :] * num_rows + row[:, None], mask=(a < width)[None, :] & is_row[:, None], other=0.0)
+        if DESCRIBED:
+            x = x_BR.load([tl.program_id(0) * SIZE, block * SIZE])
+            y = y_AR.load([tl.program_id(1) * SIZE, block * SIZE]).T
+        else:
+            row = block * SIZE + tl.arange(0, SIZE)
+            is_row = row < num_rows
+            x = tl.load(
+                x_BR + b[:, None] * num_rows + row[None, :], mask=(b < height)[:, None] & is_row[None, :], other=0.0
+            )
+            y = tl.load(
+                y_AR + a[None, :] * num_rows + row[:, None], mask=(a < width)[None, :] & is_row[:, None], other=0.0
+            )
         x_scale = tl.load(scale_BRb + b * row_blocks + block, mask=b < height, other=0.0)
         y_scale = tl.load(scale_ARb + a * row_blocks + block, mask=a < width, other=0.0)
         total += tl.dot(x, y) * (x_scale[:, None] * y_scale[None, :])
@@ -221,7 +248,23 @@ def grouped_outer(x_BR: Quantised, y_AR: Quantised, offsets_E: torch.Tensor, dty
     (height, num_rows), width, num_experts = x_BR.values.shape, y_AR.values.shape[0], offsets_E.numel()
     out_EBA = torch.empty(num_experts, height, width, dtype=dtype, device=x_BR.values.device)
     grid = (triton.cdiv(height, BLOCK), triton.cdiv(width, BLOCK), num_experts)
-    outer_kernel[grid](*x_BR, *y_AR, offsets_E, out_EBA, num_rows, height, width, SIZE=BLOCK, num_warps=8, num_stages=3)
+    x, y = x_BR.values, y_AR.values
+    described = _can_be_described(x, y)
+    outer_kernel[grid](
+        _describe(x) if described else x,
+        x_BR.scale,
+        _describe(y) if described else y,
+        y_AR.scale,
+        offsets_E,
+        out_EBA,
+        num_rows,
+        height,
+        width,
+        SIZE=BLOCK,
+        DESCRIBED=described,
+        num_warps=8,
+        num_stages=3,
+    )
     return out_EBA
 
 
