@@ -210,8 +210,23 @@ def fp8_loss(options: argparse.Namespace) -> dict:
 
 def whole(options: argparse.Namespace) -> dict:
     """All layers of Qwen3-30B-A3B's shape on one card: full fine-tuning with 8-bit AdamW stepping in backward."""
+    return train_whole(
+        options,
+        max_grad_norm=0.0,
+        optimizer_in_backward=True,
+        optimizer_states="bf16" if options.tiny else "8bit",
+    )
+
+
+def whole_lora(options: argparse.Namespace) -> dict:
+    """The same model with LoRA on attention and on all experts."""
+    return train_whole(options, lora=True)
+
+
+def train_whole(options: argparse.Namespace, lora: bool = False, **arguments: Any) -> dict:
     import torch
     from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
 
     import xtuner_hf
     from xtuner_hf.bench.run import StepClock
@@ -223,9 +238,13 @@ def whole(options: argparse.Namespace) -> dict:
     if not options.tiny:
         config.num_hidden_layers, config.vocab_size = shape.published_layers, 151_936
     length, rows = (32, 2) if options.tiny else (4096, 2)
-    states = {"optimizer_states": "bf16" if options.tiny else "8bit", "optimizer_in_backward": True}
     with torch.device(device):
-        model = xtuner_hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: Any = xtuner_hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if lora:
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=attention, target_parameters=experts))
     clock = StepClock(device)
     tokens = torch.randint(2, config.vocab_size, (4 * rows, length)).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -234,13 +253,12 @@ def whole(options: argparse.Namespace) -> dict:
             per_device_train_batch_size=rows,
             max_steps=4,
             logging_steps=1,
-            max_grad_norm=0.0,
             recompute="full",
             save_strategy="no",
             report_to=[],
             use_cpu=device.type == "cpu",
             bf16=False,
-            **states,
+            **arguments,
         )
         trainer = xtuner_hf.MoETrainer(
             model=model,
@@ -252,11 +270,11 @@ def whole(options: argparse.Namespace) -> dict:
         trainer.train()
     seconds = min(step["step"] for step in clock.steps[1:])
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters,
         "tokens_per_second": rows * length / seconds,
         "step_seconds": [step["step"] for step in clock.steps],
         "peak_gigabytes": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-        **states,
+        **arguments,
     }
 
 
@@ -275,6 +293,7 @@ SECTIONS: dict[str, tuple[Callable[[argparse.Namespace], dict], int]] = {
     "gpt-oss-20b": (stack("gpt-oss-20b", 16384, ["ours", "stock grouped_mm"], ["none"], 30), 50),
     "fp8_loss": (fp8_loss, 75),
     "whole": (whole, 100),
+    "whole_lora": (whole_lora, 60),
 }
 
 

@@ -43,6 +43,7 @@ SHAPES = {
 }
 # What computes the experts: transformers' own, ours step by step (which was all before there was a fused path), fused.
 KERNELS = {"transformers grouped_mm": "grouped_mm", "step by step": "xtuner_grouped_mm", "fused": "xtuner_fused"}
+BARE = "bare grouped products"
 
 
 class PeakOfLiving(TorchDispatchMode):
@@ -113,15 +114,17 @@ def peak_bytes(kernel: str, options: dict, dtype: torch.dtype, device: str) -> i
     return meter.peak
 
 
-def median_seconds(step: Callable[[], None], device: str, repeats: int) -> float:
-    seconds = []
+def median_seconds(steps: dict[str, Callable[[], None]], device: str, repeats: int) -> dict[str, float]:
+    """Of each, in turns: what else a machine does meanwhile meets all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
-        synchronize(torch.device(device))
-        start = time.perf_counter()
-        step()
-        synchronize(torch.device(device))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+        for name, step in steps.items():
+            synchronize(torch.device(device))
+            start = time.perf_counter()
+            step()
+            synchronize(torch.device(device))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def bare_products(options: dict, dtype: torch.dtype, device: str) -> Callable[[], None]:
@@ -147,28 +150,32 @@ def bare_products(options: dict, dtype: torch.dtype, device: str) -> Callable[[]
     return step
 
 
+def whole_step(kernel: str, options: dict, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """Forward and backward of the block."""
+    block, hidden_BSH = make_block(kernel, options, dtype, device), make_input(options, dtype, device)
+    grad_BSH = torch.randn_like(hidden_BSH)
+
+    def step() -> None:
+        block.zero_grad()
+        hidden_BSH.grad = None
+        block(hidden_BSH).backward(grad_BSH)
+
+    return step
+
+
 def measure(options: dict, dtype: torch.dtype, device: str, repeats: int) -> dict:
     """Figures by kernel."""
-    bare = median_seconds(bare_products(options, dtype, device), device, repeats)
-    figures: dict = {"bare grouped products": {"milliseconds": bare * 1e3}}
+    peaks = {kernel: peak_bytes(kernel, options, dtype, device) for kernel in KERNELS}
+    steps = {kernel: whole_step(kernel, options, dtype, device) for kernel in KERNELS}
+    seconds = median_seconds({BARE: bare_products(options, dtype, device), **steps}, device, repeats)
+    figures: dict = {BARE: {"milliseconds": seconds[BARE] * 1e3}}
     for kernel in KERNELS:
-        block, hidden_BSH = make_block(kernel, options, dtype, device), make_input(options, dtype, device)
-        grad_BSH = torch.randn_like(hidden_BSH)
-
-        def step(block=block, hidden_BSH=hidden_BSH, grad_BSH=grad_BSH) -> None:
-            block.zero_grad()
-            hidden_BSH.grad = None
-            block(hidden_BSH).backward(grad_BSH)
-
-        seconds = median_seconds(step, device, repeats)
         figures[kernel] = {
-            "milliseconds": seconds * 1e3,
-            "overhead": seconds / bare - 1,
-            "peak_megabytes": peak_bytes(kernel, options, dtype, device) / 1e6,
+            "milliseconds": seconds[kernel] * 1e3,
+            "overhead": seconds[kernel] / seconds[BARE] - 1,
+            "peak_megabytes": peaks[kernel] / 1e6,
+            "peak_over_transformers": peaks[kernel] / peaks["transformers grouped_mm"],
         }
-    stock = figures["transformers grouped_mm"]["peak_megabytes"]
-    for kernel in KERNELS:
-        figures[kernel]["peak_over_transformers"] = figures[kernel]["peak_megabytes"] / stock
     return figures
 
 

@@ -77,6 +77,16 @@ def test_weights_are_quantised_once_a_step(one_process, ranks):
         assert by_shape[64, 64] > STEPS * 3 * 2
 
 
+def test_resumes_and_exports_what_it_trained(tmp_path):
+    for rank in run_on_ranks("tests.trainers.fp8_scenario:resumed", 2, folder=str(tmp_path)):
+        losses, losses_again = rank["losses"]
+        assert losses_again == losses[2:]
+        trained, trained_again = rank["trained"]
+        for name, value in trained.items():
+            assert torch.equal(value, trained_again[name]), name
+            assert torch.equal(value, rank["exported"][name]), name
+
+
 def test_arguments_that_exclude_each_other():
     with pytest.raises(ValueError, match=r"fp8=True computes the experts with its own kernel.*'grouped_mm'"):
         xtuner_hf.MoETrainingArguments(output_dir="x", use_cpu=True, bf16=False, fp8=True, experts_kernel="grouped_mm")
