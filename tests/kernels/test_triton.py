@@ -26,9 +26,14 @@ def run(module: str, **variables: str) -> dict:
 def test_equal_plain_torch_in_fp64():
     errors = run("tests.kernels.triton_cases", TRITON_INTERPRET="1")
     assert len(errors) > 100
-    # The interpreter cuts bf16 off where a GPU rounds: a whole unit in the last place, 2^-7.
-    wrong = {name: error for name, error in errors.items() if not error <= (2**-7 if "bfloat16" in name else 1e-6)}
-    assert not wrong
+
+    def tolerance(name: str) -> float:
+        if "bfloat16" in name:
+            return 2**-7  # the interpreter cuts off where a GPU rounds: a whole unit in the last place
+        # A value on the edge between two of e4m3 may fall to either side.
+        return 5e-3 if "path, fp8" in name else 1e-6
+
+    assert not {name: error for name, error in errors.items() if not error <= tolerance(name)}
 
 
 def test_fp8_equals_the_recipe_in_plain_torch():

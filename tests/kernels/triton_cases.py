@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 
-from tests.kernels.layers import EXPERTS, ROUTINGS
-from xtuner_hf.kernels import rows, triton_rows
+from tests.kernels.layers import EXPERTS, ROUTINGS, make_experts, step
+from xtuner_hf.kernels import fp8, fp8_weights, fused, rows, triton_fp8, triton_rows
 from xtuner_hf.kernels.swiglu import SwiGLU
 
 GATES = {
@@ -73,8 +76,33 @@ def row_cases(ids_TK: torch.Tensor, align: int, dtype: torch.dtype, width: int, 
     return errors
 
 
+def fp8_for_the_interpreter() -> Any:
+    """The FP8 products, with plain quantisation: the interpreter's rounding is wrong (triton_fp8_cases)."""
+    names = triton_fp8.__all__
+    return SimpleNamespace(**{name: getattr(fp8 if "quantise" in name else triton_fp8, name) for name in names})
+
+
+def path_cases() -> dict[str, float]:
+    """Whole experts, forward and backward, with every step a Triton kernel (but the products in high precision)."""
+    errors, ids_TK = {}, ROUTINGS["random"]
+    for kind in ("swiglu", "gpt_oss"):
+        experts = make_experts(kind, torch.float32)
+        expected = {kernel: step(kernel, experts, ids_TK, torch.float32) for kernel in ("fused", "fp8")}
+        with (
+            mock.patch.object(fused, "row_kernels", return_value=triton_rows),
+            mock.patch.object(fused, "fp8_kernels", return_value=fp8_for_the_interpreter()),
+            mock.patch.object(fp8_weights, "fp8_kernels", return_value=fp8_for_the_interpreter()),
+        ):
+            found = {kernel: step(kernel, experts, ids_TK, torch.float32) for kernel in expected}
+        for kernel, values in expected.items():
+            for name, value in values.items():
+                error = (found[kernel][name] - value).norm() / value.norm()
+                errors[f"path, {kernel}, {kind}, {name}"] = error.item()
+    return errors
+
+
 def all_cases(device: str = "cpu") -> dict[str, float]:
-    errors = {}
+    errors = path_cases() if device == "cpu" else {}  # benchmarks/gpu_session.py has them for a GPU, in bf16
     for routing, ids_TK in ROUTINGS.items():
         ids_TK = ids_TK.to(device)
         for align, dtype in ((1, torch.float32), (16, torch.bfloat16)):
