@@ -34,7 +34,10 @@ KERNELS: dict[Any, tuple[list[str], dict[str, Any]]] = {
     ),
     triton_rows.segment_sum_kernel: ([HALF, INT, FLOAT, "i32"], {"ROWS": 64, "COLUMNS": 128}),
     triton_fp8.quantise_rows_kernel: ([HALF, FP8, FLOAT, "i32", "i32"], {"ROWS": 32, "SIZE": 128}),
-    triton_fp8.quantise_columns_kernel: ([HALF, FP8, FLOAT, "i32", "i32"], {"COLUMNS": 32, "SIZE": 128}),
+    triton_fp8.quantise_columns_kernel: (
+        [HALF, INT, FP8, FLOAT, "i32", "i32", "i32"],
+        {"TAKES": True, "COLUMNS": 32, "SIZE": 128},
+    ),
     triton_fp8.quantise_blocks_kernel: ([HALF, FP8, FLOAT, "i32", "i32"], {"SIZE": 128}),
 }
 TILE_OF_FP8 = "tensordesc<fp8e4nv[128,128]>"

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from tests.kernels.triton_cases import relative_error
-from xtuner_hf.kernels import fp8, triton_fp8
+from xtuner_hf.kernels import fp8, rows, triton_fp8
 
 # (rows of each expert, A, B): ragged features, an expert without rows, one of several blocks.
 GROUPS = {"ragged": ([128, 0, 256], 200, 72), "whole": ([0, 128, 128], 128, 256)}
@@ -21,8 +21,16 @@ DENSE = {"one token": (1, 136, 40), "ragged": (150, 72, 200)}
 
 def quantise_cases(x_RA: torch.Tensor) -> dict[str, float]:
     errors = {}
-    for name in ("quantise_rows", "quantise_columns", "quantise_blocks"):
-        found, expected = (getattr(module, name)(x_RA) for module in (triton_fp8, fp8))
+    ids_TK = torch.rand(x_RA.shape[0], 3, device=x_RA.device).topk(2).indices
+    grouping = rows.group_by_expert(ids_TK, 3, fp8.BLOCK)
+    for name, *taken in (
+        ("quantise_rows",),
+        ("quantise_columns",),
+        ("quantise_columns", grouping),
+        ("quantise_blocks",),
+    ):
+        found, expected = (getattr(module, name)(x_RA, *taken) for module in (triton_fp8, fp8))
+        name += " of taken rows" if taken else ""
         errors[f"{name}, scale"] = relative_error(found.scale, expected.scale)
         steps = (found.values.view(torch.int8).int() - expected.values.view(torch.int8).int()).abs()
         if x_RA.device.type == "cpu":
@@ -35,12 +43,12 @@ def quantise_cases(x_RA: torch.Tensor) -> dict[str, float]:
 
 def product_cases(sizes: list[int], a: int, b: int, device: str, is_dense: bool) -> dict[str, float]:
     torch.manual_seed(0)
-    rows = sum(sizes)
+    num_rows = sum(sizes)
     offsets_E = torch.tensor(sizes, device=device).cumsum(0).int()
     # Scales of very different sizes: one that is read at the wrong place shows.
     x_RA, grad_RB, weight_EBA = (
         torch.randn(*shape, device=device) * torch.randn(*shape[:-1], 1, device=device).exp()
-        for shape in ((rows, a), (rows, b), (len(sizes), b, a))
+        for shape in ((num_rows, a), (num_rows, b), (len(sizes), b, a))
     )
     x, weight = fp8.quantise_rows(x_RA), fp8.quantise_blocks(weight_EBA)
     columns = fp8.quantise_columns(grad_RB), fp8.quantise_columns(x_RA)
@@ -64,8 +72,8 @@ def all_cases(device: str = "cpu") -> dict[str, float]:
     errors = quantise_cases(x_RA)
     for name, (sizes, a, b) in GROUPS.items():
         errors |= {f"grouped {k}, {name}": v for k, v in product_cases(sizes, a, b, device, False).items()}
-    for name, (rows, a, b) in DENSE.items():
-        errors |= {f"dense {k}, {name}": v for k, v in product_cases([rows], a, b, device, True).items()}
+    for name, (num_rows, a, b) in DENSE.items():
+        errors |= {f"dense {k}, {name}": v for k, v in product_cases([num_rows], a, b, device, True).items()}
     return errors
 
 

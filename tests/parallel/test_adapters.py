@@ -184,7 +184,7 @@ def test_what_has_no_layout_for_single_experts(tmp_path):
 
 
 def test_refused(tmp_path):
-    with pytest.raises(ValueError, match="set experts_kernel to one of reference, grouped_mm"):
+    with pytest.raises(ValueError, match="set experts_kernel to one of auto, reference, grouped_mm"):
         train(str(tmp_path / "kernel"), experts_kernel="batched_mm")
     biases = {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.down_proj_bias"]}
     with pytest.raises(ValueError, match="an adapter on down_proj_bias of the experts"):

@@ -61,8 +61,13 @@ def quantise_rows(x_RA: torch.Tensor) -> Quantised:
     return quantise(x_RA, (1, BLOCK))
 
 
-def quantise_columns(x_RA: torch.Tensor) -> Quantised:
-    """Transposed: values [A, R], scale [A, Rb]."""
+def quantise_columns(x_RA: torch.Tensor, grouping: rows.Grouping | None = None) -> Quantised:
+    """Transposed: values [A, R], scale [A, Rb].
+
+    Args:
+        grouping: `x_RA` are tokens [T, A], and rows are taken from them (`rows.take`).
+    """
+    x_RA = x_RA if grouping is None else rows.take(x_RA, grouping)
     return quantise(x_RA.transpose(-2, -1), (1, BLOCK))
 
 

@@ -20,27 +20,34 @@ Legend: T tokens, K experts per token, R rows, H hidden size, I expert intermedi
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .experts import ExpertWeights
-from .fp8 import BLOCK
+from .fp8 import BLOCK, Quantised
 from .fp8_weights import fp8_kernels, operand
+from .rows import Grouping
 from .select import computing_dtype, row_kernels
 from .swiglu import SwiGLU
 
 
 class Products(Protocol):
-    """The grouped matrix products of the path, in some precision. A and B: any features."""
+    """The grouped matrix products of the path, in some precision. A and B: any features.
+
+    `x_RA` and `grad_RB` are rows, or what `take` returned for them.
+    """
 
     align: int  # each expert's rows start at a multiple of this
 
-    def times(self, x_RA: torch.Tensor, weight_EAB: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    def take(self, x_TA: torch.Tensor, grouping: Grouping) -> Any:
+        """The tokens of all rows, in whatever form the products want them."""
+
+    def times(self, x_RA: Any, weight_EAB: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
         """[R, B]"""
 
-    def weight_gradient(self, x_RA, grad_RB, weight_EAB, offsets_E) -> torch.Tensor:
+    def weight_gradient(self, x_RA: Any, grad_RB: Any, weight_EAB: torch.Tensor, offsets_E) -> torch.Tensor:
         """[E, A, B], in the memory layout of the parameter that `weight_EAB` is a view of."""
 
 
@@ -52,6 +59,9 @@ class HighPrecision:
     def __init__(self, device: torch.device):
         self.rows = row_kernels(device)
 
+    def take(self, x_TA, grouping):
+        return self.rows.take(x_TA, grouping)
+
     def times(self, x_RA, weight_EAB, offsets_E):
         return self.rows.grouped_mm(x_RA, weight_EAB, offsets_E)
 
@@ -61,23 +71,49 @@ class HighPrecision:
         return self.rows.grouped_outer(x_RA, grad_RB, offsets_E)
 
 
+class Taken(NamedTuple):
+    """Rows that are never written in high precision: their tokens, and which each row is."""
+
+    tokens_TA: torch.Tensor
+    grouping: Grouping
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tokens_TA.dtype
+
+
 class Fp8:
     """Products in FP8 (fp8.py), with weights that may be cached or gathered in FP8."""
 
     align = BLOCK
 
     def __init__(self, device: torch.device):
-        self.kernels = fp8_kernels(device)
+        self.rows, self.kernels = row_kernels(device), fp8_kernels(device)
+
+    def take(self, x_TA, grouping):
+        return Taken(x_TA, grouping)
 
     def times(self, x_RA, weight_EAB, offsets_E):
         weight = operand(weight_EAB.transpose(1, 2))
-        return self.kernels.grouped_mm(self.kernels.quantise_rows(x_RA), weight, offsets_E, x_RA.dtype)
+        return self.kernels.grouped_mm(self._quantised_rows(x_RA), weight, offsets_E, x_RA.dtype)
 
     def weight_gradient(self, x_RA, grad_RB, weight_EAB, offsets_E):
-        x, grad = self.kernels.quantise_columns(x_RA), self.kernels.quantise_columns(grad_RB)
+        x, grad = self._quantised_columns(x_RA), self._quantised_columns(grad_RB)
         if _is_transposed(weight_EAB):
             return self.kernels.grouped_outer(grad, x, offsets_E, weight_EAB.dtype).transpose(1, 2)
         return self.kernels.grouped_outer(x, grad, offsets_E, weight_EAB.dtype)
+
+    def _quantised_rows(self, x_RA) -> Quantised:
+        if not isinstance(x_RA, Taken):
+            return self.kernels.quantise_rows(x_RA)
+        values_TA, scale_TAb = self.kernels.quantise_rows(x_RA.tokens_TA)
+        values_RA = self.rows.take(values_TA.view(torch.uint8), x_RA.grouping).view(values_TA.dtype)
+        return Quantised(values_RA, self.rows.take(scale_TAb, x_RA.grouping))
+
+    def _quantised_columns(self, x_RA) -> Quantised:
+        if not isinstance(x_RA, Taken):
+            return self.kernels.quantise_columns(x_RA)
+        return self.kernels.quantise_columns(x_RA.tokens_TA, x_RA.grouping)
 
 
 def _is_transposed(weight_EAB: torch.Tensor) -> bool:
@@ -155,7 +191,7 @@ class _FusedExperts(torch.autograd.Function):
         products: Products,
     ) -> torch.Tensor:
         grouping = rows.group_by_expert(topk_ids_TK, gate_up_EHF.shape[0], products.align)
-        gate_up_RF = products.times(rows.take(hidden_TH, grouping), gate_up_EHF, grouping.offsets_E)
+        gate_up_RF = products.times(products.take(hidden_TH, grouping), gate_up_EHF, grouping.offsets_E)
         gated_RI = rows.gate(gate_up_RF, gate_up_bias_EF, topk_ids_TK, weights_TK, grouping, swiglu)
         y_RH = products.times(gated_RI, down_EIH, grouping.offsets_E)
         ctx.save_for_backward(
@@ -170,11 +206,11 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, products = ctx.rows, ctx.products
         hidden_TH, weights_TK, gate_up_EHF, down_EIH, bias_EF, topk_ids_TK, gate_up_RF, *indices = ctx.saved_tensors
-        grouping = rows.Grouping(*indices)
+        grouping = Grouping(*indices)
         wants_hidden, _, wants_gate_up, wants_down, wants_bias, wants_base = ctx.needs_input_grad[:6]
         ends = grouping.offsets_E
 
-        grad_y_RH = rows.take(grad_TH, grouping)
+        grad_y_RH = products.take(grad_TH, grouping)
         grad_gated_RI = products.times(grad_y_RH, down_EIH.transpose(1, 2), ends)
         gated_RI, grad_gate_up_RF, grad_weights_TK = rows.gate_backward(
             grad_gated_RI, gate_up_RF, bias_EF, topk_ids_TK, weights_TK, grouping, ctx.swiglu
@@ -185,7 +221,7 @@ class _FusedExperts(torch.autograd.Function):
 
         grad_gate_up_EHF = grad_bias_EF = grad_hidden_TH = None
         if wants_gate_up:
-            x_RH = rows.take(hidden_TH, grouping)
+            x_RH = products.take(hidden_TH, grouping)
             grad_gate_up_EHF = products.weight_gradient(x_RH, grad_gate_up_RF, gate_up_EHF, ends)
             del x_RH
         if wants_bias:

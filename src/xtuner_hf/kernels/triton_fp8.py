@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .fp8 import BLOCK, E4M3, Quantised
+from .rows import Grouping
 
 __all__ = [
     "grouped_mm",
@@ -56,11 +57,27 @@ def quantise_rows(x_RA: torch.Tensor) -> Quantised:
 
 
 @triton.jit
-def quantise_columns_kernel(x_RA, values_AR, scale_ARb, num_rows, width, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
+def quantise_columns_kernel(
+    x_RA,
+    slot_of_row_R,
+    values_AR,
+    scale_ARb,
+    num_rows,
+    width,
+    top_k,
+    TAKES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """TAKES: `x_RA` holds tokens, and the row of slot s is token s // top_k; zeros where a row is padding."""
     row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     mask = (row < num_rows)[:, None] & (column < width)[None, :]
-    x = tl.load(x_RA + row.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    source, is_read = row.to(tl.int64), mask
+    if TAKES:
+        slot = tl.load(slot_of_row_R + row, mask=row < num_rows, other=-1).to(tl.int64)
+        source, is_read = slot // top_k, mask & (slot >= 0)[:, None]
+    x = tl.load(x_RA + source[:, None] * width + column[None, :], mask=is_read, other=0.0).to(tl.float32)
     amax = tl.max(tl.abs(x), axis=0)
     scale = tl.where(amax == 0, 1.0, amax / 448.0)
     values = (x / scale[None, :]).to(values_AR.dtype.element_ty)
@@ -68,13 +85,25 @@ def quantise_columns_kernel(x_RA, values_AR, scale_ARb, num_rows, width, COLUMNS
     tl.store(scale_ARb + column * tl.num_programs(0) + tl.program_id(0), scale, mask=column < width)
 
 
-def quantise_columns(x_RA: torch.Tensor) -> Quantised:
+def quantise_columns(x_RA: torch.Tensor, grouping: Grouping | None = None) -> Quantised:
     x_RA = x_RA.contiguous()
-    num_rows, width = x_RA.shape
+    slots = x_RA if grouping is None else grouping.slot_of_row_R
+    num_rows, width = slots.shape[0], x_RA.shape[1]
     grid = (triton.cdiv(num_rows, BLOCK), triton.cdiv(width, 32))
     values_AR = torch.empty(width, num_rows, dtype=E4M3, device=x_RA.device)
     scale_ARb = torch.empty(width, grid[0], dtype=torch.float32, device=x_RA.device)
-    quantise_columns_kernel[grid](x_RA, values_AR, scale_ARb, num_rows, width, COLUMNS=32, SIZE=BLOCK)
+    quantise_columns_kernel[grid](
+        x_RA,
+        slots,
+        values_AR,
+        scale_ARb,
+        num_rows,
+        width,
+        1 if grouping is None else grouping.row_of_slot_TK.shape[1],
+        TAKES=grouping is not None,
+        COLUMNS=32,
+        SIZE=BLOCK,
+    )
     return Quantised(values_AR, scale_ARb)
 
 
