@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 from tests.families import FAMILIES, tokens
 from tests.tiny import build, dense_config, moe_config
 from xtuner_hf import Qwen3ForCausalLM
+from xtuner_hf.attention import varlen
 from xtuner_hf.attention.varlen import VARLEN_ATTENTION
 
 LENGTHS = (4, 9, 1, 10)
@@ -93,3 +94,19 @@ class TestKernelsThatWouldDropPacking:
         masks_without_cache(config, torch.zeros(1, 24, 8), None, POSITIONS)
         with pytest.raises(ValueError, match=r"'flash_attention_2' would let packed .*in batches of several rows"):
             masks_without_cache(config, torch.zeros(2, 24, 8), None, POSITIONS.expand(2, -1))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_autocast_chooses_the_kernel_of_its_dtype(family, monkeypatch):
+    """RoPE makes fp32 of queries and keys: the kernel for fp32 was chosen, or refused their mixture with values."""
+    asked = []
+
+    def choose(device_type, dtype, *rest, original=varlen.choose):
+        asked.append(dtype)
+        return original(device_type, dtype, *rest)
+
+    monkeypatch.setattr(varlen, "choose", choose)
+    model = FAMILIES[family].ours(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**BATCHES["packed"], use_cache=False).logits.float().sum().backward()
+    assert set(asked) == {torch.bfloat16}

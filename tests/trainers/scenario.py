@@ -84,7 +84,7 @@ def train(
             save_strategy="no",
             report_to=[],
             use_cpu=True,
-            bf16=False,
+            bf16=arguments.pop("bf16", False),
             gradient_checkpointing=arguments.pop("gradient_checkpointing", False),
             remove_unused_columns=False,
             seed=3,

@@ -57,6 +57,10 @@ def varlen_attention_forward(
     """
     if documents is None:
         return _with_mask(module, query, key, value, attention_mask, scaling, dropout, s_aux, **kwargs)
+    if torch.is_autocast_enabled(query.device.type):
+        # RoPE hands on fp32 where the hidden states are; values come from a projection.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     num_rows = query.shape[0]
     q_BSNK, k_BSMK, v_BSMV = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if sequence is not None:

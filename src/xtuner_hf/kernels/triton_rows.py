@@ -298,7 +298,7 @@ def _gate_options(bias_EF: torch.Tensor | None, swiglu: SwiGLU, inner: int) -> d
         "HAS_LIMIT": swiglu.limit is not None,
         "INTERLEAVED": swiglu.interleaved,
         "ROWS": ROWS,
-        "COLUMNS": min(COLUMNS, triton.next_power_of_2(inner)),
+        "COLUMNS": min(256, triton.next_power_of_2(inner)),
     }
 
 
