@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.families import ALL_FAMILIES, tokens
 from xtuner_hf.models.fp8 import use_fp8
@@ -15,7 +16,7 @@ def step(model) -> dict[str, torch.Tensor]:
     model.zero_grad()
     positions = torch.arange(24).repeat(2, 1)
     positions[:, 10:] -= 10  # two documents a row
-    loss = model.train()(input_ids=tokens(), labels=tokens(), position_ids=positions).loss
+    loss = model.train()(input_ids=tokens(), labels=tokens(), position_ids=positions, use_cache=False).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -55,3 +56,17 @@ def test_compiled_blocks_compute_the_same(name, fp8):
     for key, value in step(model).items():
         # FP8 turns differences of the last bit into ones of its own here and there.
         assert (value - before[key]).norm() <= (0.02 if fp8 else 2e-4) * before[key].norm(), key
+
+
+def test_layers_share_what_is_compiled_and_lengths_do_too():
+    torch._dynamo.reset()
+    counters.clear()
+    model = ALL_FAMILIES["qwen3_moe"].ours(num_hidden_layers=10, mlp_only_layers=[])
+    compile_blocks(model, backend="aot_eager")
+    graphs = []
+    for length in (24, 16, 20, 12):
+        ids = tokens(2, length)
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    # A norm, and attention before and after its kernel; once more when the first other length comes.
+    assert graphs == [3, 6, 6, 6]

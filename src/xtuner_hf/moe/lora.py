@@ -105,5 +105,5 @@ def _check_kernel(experts: Any) -> None:
     if found not in ours:
         raise ValueError(
             f"The experts have adapters (target_parameters), and the experts kernel {found!r} does not know them: set "
-            f"experts_kernel to one of {', '.join(kernels)}."
+            f"experts_kernel to one of {', '.join(kernels)}, and leave fp8 off."
         )
