@@ -53,7 +53,8 @@ def fuse_norms(model: nn.Module) -> int:
     norms = [norm for norm in norms if hasattr(norm, "variance_epsilon") and not isinstance(norm, FusedRMSNorm)]
     for norm in norms:
         # As FSDP does with what it shards: the module stays, its class is a subclass.
-        norm.__class__ = _fused_class(type(norm))
+        norm_class: Any = type(norm)
+        norm.__class__ = _fused_class(norm_class)
     logger.info("RMSNorm: torch's fused kernel, in %d modules.", len(norms))
     return len(norms)
 
