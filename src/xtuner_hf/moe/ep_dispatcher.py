@@ -81,7 +81,7 @@ class OncePerRankEP(EPImplementation):
         pair_sizes = [sum(column) for column in zip(*received_PJ, strict=True)]
         sums_RH = self._run_experts(hidden_RH, ids_RJ, weights_RJ, pair_sizes)
         sums_SH = _ReturnRows.apply(sums_RH.to(hidden_states.dtype), receive_sizes, send_sizes, self.group)
-        return _SumRows.apply(sums_SH, None, token_S, send_sizes, num_tokens).to(hidden_states.dtype)
+        return _SumRows.apply(sums_SH, token_S, send_sizes, num_tokens).to(hidden_states.dtype)
 
     @torch.no_grad()
     def _route(self, topk_ids_TK: torch.Tensor) -> Routes:
@@ -121,14 +121,17 @@ class OncePerRankEP(EPImplementation):
         position_M = true_positions((ids_RJ >= 0).t().reshape(-1), num_pairs)
         row_M, column_M = position_M % max(num_rows, 1), position_M // max(num_rows, 1)
         x_MH = _TakeRows.apply(hidden_RH, row_M, pair_sizes)
+        # The weights go into the experts: a kernel may apply them where that keeps least for the backward.
+        weights_M1 = weights_RJ[row_M, column_M][:, None]
         if num_pairs == 0:
             # A kernel may not like zero rows. This one's result is cut off, and leaves zero gradients on every
             # parameter, which FSDP's reduction needs.
             x_MH, ids_M1 = x_MH.sum(0, keepdim=True), ids_RJ.new_zeros(1, 1).long()
+            weights_M1 = weights_M1.sum().view(1, 1)
         else:
             ids_M1 = ids_RJ[row_M, column_M].long()[:, None]
-        y_MH = self.experts_forward(x_MH, ids_M1, torch.ones_like(ids_M1, dtype=torch.float32))[:num_pairs]
-        return _SumRows.apply(y_MH, weights_RJ[row_M, column_M], row_M, pair_sizes, num_rows)
+        y_MH = self.experts_forward(x_MH, ids_M1, weights_M1)[:num_pairs]
+        return _SumRows.apply(y_MH, row_M, pair_sizes, num_rows)
 
 
 class HostCopy:
@@ -154,8 +157,8 @@ def true_positions(mask_N: torch.Tensor, count: int) -> torch.Tensor:
     return positions.scatter_(0, place_N, torch.arange(mask_N.numel(), device=mask_N.device))[:count]
 
 
-def sum_rows(x_NH, weights_N, index_N, sizes: list[int], num_rows: int) -> torch.Tensor:
-    """[num_rows, H] fp32 (at least): row i is the (weighted) sum of the x whose index is i.
+def sum_rows(x_NH, index_N, sizes: list[int], num_rows: int) -> torch.Tensor:
+    """[num_rows, H] fp32 (at least): row i is the sum of the x whose index is i.
 
     Indices do not repeat within a slice of `sizes`, and slices are added one after the other, so the result does not
     depend on the order in which a device happens to add.
@@ -165,8 +168,7 @@ def sum_rows(x_NH, weights_N, index_N, sizes: list[int], num_rows: int) -> torch
     start = 0
     for size in sizes:
         rows = slice(start, start + size)
-        x = x_NH[rows].to(dtype)
-        total.index_add_(0, index_N[rows], x if weights_N is None else x * weights_N[rows, None])
+        total.index_add_(0, index_N[rows], x_NH[rows].to(dtype))
         start += size
     return total
 
@@ -184,29 +186,23 @@ class _TakeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NH):
         (index_N,) = ctx.saved_tensors
-        return sum_rows(grad_NH, None, index_N, ctx.sizes, ctx.num_rows).to(grad_NH.dtype), None, None
+        return sum_rows(grad_NH, index_N, ctx.sizes, ctx.num_rows).to(grad_NH.dtype), None, None
 
 
 class _SumRows(torch.autograd.Function):
-    """`sum_rows`, which keeps only its input, in its own dtype, for backward."""
+    """`sum_rows`, whose gradient does not depend on its input."""
 
     @staticmethod
-    def forward(ctx, x_NH, weights_N, index_N, sizes, num_rows):
-        # Unweighted, the gradient does not depend on the input.
-        ctx.save_for_backward(index_N, *(() if weights_N is None else (weights_N, x_NH)))
+    def forward(ctx, x_NH, index_N, sizes, num_rows):
+        ctx.save_for_backward(index_N)
         ctx.dtype = x_NH.dtype
-        return sum_rows(x_NH, weights_N, index_N, sizes, num_rows)
+        return sum_rows(x_NH, index_N, sizes, num_rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RH):
-        index_N, *weighted = ctx.saved_tensors
-        grad_NH = grad_RH[index_N]
-        if not weighted:
-            return grad_NH.to(ctx.dtype), None, None, None, None
-        weights_N, x_NH = weighted
-        grad_weights_N = (grad_NH * x_NH).sum(-1).to(weights_N.dtype)
-        return (grad_NH * weights_N[:, None]).to(ctx.dtype), grad_weights_N, None, None, None
+        (index_N,) = ctx.saved_tensors
+        return grad_RH[index_N].to(ctx.dtype), None, None, None
 
 
 def _all_to_all(x_NA: torch.Tensor, send_sizes: list[int], receive_sizes: list[int], group) -> torch.Tensor:
