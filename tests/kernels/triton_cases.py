@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from tests.kernels.layers import EXPERTS, ROUTINGS, make_experts, step
-from xtuner_hf.kernels import fp8, fp8_weights, moe_path, rows, triton_fp8, triton_rows
+from xtuner_hf.kernels import fp8, fp8_weights, fused, rows, triton_fp8, triton_rows
 from xtuner_hf.kernels.swiglu import SwiGLU
 
 GATES = {
@@ -89,8 +89,8 @@ def path_cases() -> dict[str, float]:
         experts = make_experts(kind, torch.float32)
         expected = {kernel: step(kernel, experts, ids_TK, torch.float32) for kernel in ("fused", "fp8")}
         with (
-            mock.patch.object(moe_path, "row_kernels", return_value=triton_rows),
-            mock.patch.object(moe_path, "fp8_kernels", return_value=fp8_for_the_interpreter()),
+            mock.patch.object(fused, "row_kernels", return_value=triton_rows),
+            mock.patch.object(fused, "fp8_kernels", return_value=fp8_for_the_interpreter()),
             mock.patch.object(fp8_weights, "fp8_kernels", return_value=fp8_for_the_interpreter()),
         ):
             found = {kernel: step(kernel, experts, ids_TK, torch.float32) for kernel in expected}

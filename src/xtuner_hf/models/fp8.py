@@ -15,7 +15,7 @@ from torch import nn
 
 from ..kernels.fp8_linear import Fp8Linear
 from ..kernels.fp8_weights import Fp8State, cache_quantised, fp8_kernels
-from ..kernels.moe_path import refusal_of
+from ..kernels.fused import refusal_of
 from ..moe.experts import expert_weights, implementation_name
 from ..parallel.fp8_gather import gather_in_fp8
 from ..parallel.shard import is_sharded

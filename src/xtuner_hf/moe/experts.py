@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from ..kernels.experts import EXPERTS_KERNELS, ExpertsKernel, ExpertWeights
-from ..kernels.moe_path import fp8_experts, fused_experts, refusal_of
+from ..kernels.fused import fp8_experts, fused_experts, refusal_of
 from ..kernels.select import choose_experts_kernel, computing_dtype
 from ..kernels.swiglu import SwiGLU
 from .combine import combine
