@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output_dir $(DEMO_OUT)
 
 test: $(STAMP) $(ENGINE_STAMP) lint
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,6 +38,7 @@ $(ENGINE_STAMP): tests/engines/requirements-vllm.txt
 	$(PYTHON) -m venv $(ENGINE)
 	$(ENGINE)/bin/python $(PIP) "torch==2.13.0"
 	$(ENGINE)/bin/python $(PIP) --no-deps --requirement $<
+	$(ENGINE)/bin/python $(PIP) --no-deps --target $(ENGINE)/images "torchvision==0.28.0"  # apart: see vllm_images.py
 	$(ENGINE)/bin/python -c "import vllm"
 	touch $@
 

@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ParamWrapper
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -37,6 +37,13 @@ def test_signatures():
     assert parameters(_compat.revert_weight_conversion) == ["model", "state_dict"]
     assert parameters(_compat.initialize_distributed_mesh) == ["distributed_config"]
     assert parameters(_compat.compute_local_shape_and_global_offset)[:3] == ["global_shape", "mesh", "placements"]
+    assert parameters(_compat.optimal_tiled_canvas) == [
+        "original_image_size",
+        "target_tile_size",
+        "min_image_tiles",
+        "max_image_tiles",
+    ]
+    assert _compat.optimal_tiled_canvas((1080, 1920), (448, 448), 1, 12) == (4, 2), "columns, rows"
     assert _compat.parse_size_to_int("5GB") == 5 * 10**9
     assert parameters(_compat.apply_expert_parallelism) == ["model", "ep_mesh", "tp_mesh", "plan", "ep_implementation"]
     assert parameters(_compat.apply_fully_sharded_data_parallelism) == [
@@ -98,11 +105,30 @@ def test_methods_of_the_trainer_that_ours_replace_or_call():
         "_get_grad_norm": ["model", "grad_norm"],
         "_finalize_training": ["trial", "num_train_samples", "start_time"],
         "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+        "_get_num_items_in_batch": ["batch_samples", "device"],
         "save_model": ["output_dir", "_internal_call"],
         "_sync_replicated_trainable_parameters": ["model"],
     }
     for name, names in expected.items():
         assert parameters(getattr(Trainer, name))[1:] == names, name
+
+
+def test_plans_of_models_that_read_images():
+    """`models/internvl` has FSDP plans of its own, and drops that of every configuration, a language model's."""
+    assert "self.init_parallel_plans()" in inspect.getsource(PreTrainedModel.post_init)
+    assert "self._fsdp_plan.update(self.config.base_model_fsdp_plan" in inspect.getsource(
+        PreTrainedModel.init_parallel_plans
+    )
+    assert set(PreTrainedConfig.base_model_fsdp_plan) == {"embed_tokens", "layers.*", "norm"}
+
+
+def test_the_collator_of_preferences_with_images():
+    """`data/preference.py` halves what it hands to the processor: all pairs, twice one behind the other."""
+    collator = _compat.DataCollatorForVisionPreference
+    source = inspect.getsource(collator.torch_call)
+    assert 'images = [example["images"] for example in examples] * 2' in source
+    assert 'prompts = [example["prompt"] for example in examples] * 2' in source
+    assert "processor" in {field.name for field in dataclasses.fields(collator)}
 
 
 def test_wrappers_of_peft_around_expert_parameters():

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .models.auto import AutoModelForCausalLM
+    from .models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
     from .models.base import IncompleteCheckpointError
     from .models.deepseek_v3.modeling import DeepseekV3ForCausalLM
     from .models.glm4_moe.modeling import Glm4MoeForCausalLM
@@ -31,10 +31,13 @@ __version__ = "0.1.0.dev0"
 # Public name -> module, imported when first used.
 _HOMES = {
     "AutoModelForCausalLM": "models.auto",
+    "AutoModelForImageTextToText": "models.auto",
     "DeepseekV3ForCausalLM": "models.deepseek_v3.modeling",
     "Glm4MoeForCausalLM": "models.glm4_moe.modeling",
     "GptOssForCausalLM": "models.gpt_oss.modeling",
     "IncompleteCheckpointError": "models.base",
+    "InternS1ForConditionalGeneration": "models.interns1.modeling",
+    "InternVLForConditionalGeneration": "models.internvl.modeling",
     "MoEDAPOConfig": "trainers.grpo_config",
     "MoEDAPOTrainer": "trainers.dapo",
     "MoEDPOConfig": "trainers.preference_config",
@@ -57,10 +60,13 @@ _HOMES = {
 
 __all__ = [
     "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
     "DeepseekV3ForCausalLM",
     "Glm4MoeForCausalLM",
     "GptOssForCausalLM",
     "IncompleteCheckpointError",
+    "InternS1ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
     "MoEDAPOConfig",
     "MoEDAPOTrainer",
     "MoEDPOConfig",

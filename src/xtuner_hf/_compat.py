@@ -35,22 +35,31 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 if TYPE_CHECKING:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+        get_optimal_tiled_canvas as optimal_tiled_canvas,
+    )
     from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
     from trl.trainer.utils import global_then_local_main_first
 
 # Imported when first used: TRL's trainers take seconds, and models need none of them.
 _LAZY_HOMES = {
+    "optimal_tiled_canvas": "transformers.models.got_ocr2.image_processing_pil_got_ocr2",
     "DataCollatorForLanguageModeling": "trl.trainer.sft_trainer",
+    "DataCollatorForVisionPreference": "trl.trainer.dpo_trainer",
     "global_then_local_main_first": "trl.trainer.utils",
     "has_generation_markers": "trl.chat_template_utils",
     "is_chat_template_stop_token_trained": "trl.chat_template_utils",
 }
 
+_THEIR_NAMES = {"optimal_tiled_canvas": "get_optimal_tiled_canvas"}
+
 __all__ = [
     "ChunkedLogProbFunction",
     "ConversionOps",
     "DataCollatorForLanguageModeling",
+    "DataCollatorForVisionPreference",
     "EPImplementation",
     "EPImplementationInterface",
     "OutputRecorder",
@@ -77,6 +86,7 @@ __all__ = [
     "launched_fsdp_version",
     "launched_with_fsdp",
     "loads_on_rank_0_only",
+    "optimal_tiled_canvas",
     "parse_size_to_int",
     "ranks_per_node",
     "register_checkpoint_conversion_mapping",
@@ -88,7 +98,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _LAZY_HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY_HOMES[name]), name)
+    return getattr(importlib.import_module(_LAZY_HOMES[name]), _THEIR_NAMES.get(name, name))
 
 
 def cpu_flash_attention(query, key, value, mask, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:

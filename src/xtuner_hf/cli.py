@@ -1,7 +1,11 @@
 """`xtuner-hf`: commands around training.
 
-xtuner-hf convert out/checkpoint-500 model-for-the-hub --dtype bfloat16
+xtuner-hf plan qwen3-235b-a22b --gpus 256 --device h800 --seq-len 4096
 xtuner-hf bench --shapes qwen3-30b-a3b --lengths 4096
+xtuner-hf convert out/checkpoint-500 model-for-the-hub --dtype bfloat16
+xtuner-hf layout InternVL3_5-30B-A3B-HF out --to chat
+
+What a command does is imported when it runs: `--help` should not take the seconds that torch needs.
 """
 
 from __future__ import annotations
@@ -10,13 +14,45 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .bench.arguments import add_arguments as add_bench_arguments
+from .plan.command import add_arguments as add_plan_arguments
+from .plan.command import run as run_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="xtuner-hf", description="Commands around MoE training.")
     commands = parser.add_subparsers(dest="command", required=True)
+    for add_command in (_add_plan, _add_bench, _add_convert, _add_layout):
+        add_command(commands)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a training run, without a device",
+        description="Simulate one rank's training step on fake tensors: does it fit, what is it made of, how fast "
+        "is it. With --search, which layout is the fastest that fits.",
+    )
+    add_plan_arguments(plan)
+    plan.set_defaults(run=run_plan)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure layer stacks of published models, ours next to stock transformers",
+        description="Train short stacks of layers with the widths of published models, through the trainers' own "
+        "step: forward, backward and optimizer apart, tokens/s, TFLOP/s, peak memory. docs/speed.md explains them.",
+    )
+    add_bench_arguments(bench)
+    bench.set_defaults(run=_bench)
+
+
+def _add_convert(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
         help="make a Hub checkpoint of a training checkpoint",
@@ -33,20 +69,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
     convert.add_argument(
         "--per-expert", action="store_true", help="of an adapter: a tensor for each expert, not PEFT's fused ones"
     )
-    bench = commands.add_parser(
-        "bench",
-        help="measure layer stacks of published models, ours next to stock transformers",
-        description="Train short stacks of layers with the widths of published models, through the trainers' own "
-        "step: forward, backward and optimizer apart, tokens/s, TFLOP/s, peak memory. docs/speed.md explains them.",
-    )
-    add_bench_arguments(bench)
-    options = parser.parse_args(arguments)
-    if options.command == "bench":
-        from .bench.command import run_benchmark
+    convert.set_defaults(run=_convert)
 
-        run_benchmark(options)
-        return
+
+def _add_layout(commands: Any) -> None:
+    layout = commands.add_parser(
+        "layout",
+        help="rewrite an InternVL checkpoint in the other of its two layouts",
+        description="InternVL is on the Hub in transformers' layout (-HF) and in that of its own code "
+        "(InternVLChatModel, which SGLang reads). Tensors are renamed and stay the same byte by byte.",
+    )
+    layout.add_argument("checkpoint", type=Path, help="folder with config.json and safetensors")
+    layout.add_argument("out", type=Path, help="folder to write, best a new one")
+    layout.add_argument("--to", choices=("hf", "chat"), required=True, help="transformers' layout or InternVL's own")
+    layout.add_argument(
+        "--like", type=Path, help="with --to chat: a published checkpoint whose code and config.json go along"
+    )
+    layout.set_defaults(run=_layout)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench.command import run_benchmark
+
+    run_benchmark(options)
+
+
+def _convert(options: argparse.Namespace) -> None:
     convert_checkpoint(options.checkpoint, options.out, options.dtype, options.max_shard_size, options.per_expert)
+
+
+def _layout(options: argparse.Namespace) -> None:
+    change_layout(options.checkpoint, options.out, options.to, options.like)
+
+
+def change_layout(checkpoint: Path, out: Path, to: str, like: Path | None = None) -> None:
+    """What `xtuner-hf layout` does.
+
+    Raises:
+        SystemExit: with one sentence, for a checkpoint that is no InternVL's or is quantised.
+    """
+    from .checkpoint.internvl_chat import to_chat_layout, to_hf_layout
+    from .checkpoint.quantised_format import CheckpointFormatError
+
+    try:
+        if to == "chat":
+            to_chat_layout(checkpoint, out, like=like)
+        else:
+            to_hf_layout(checkpoint, out)
+    except CheckpointFormatError as error:
+        raise SystemExit(str(error)) from None
+    print(f"{out}: {checkpoint} in the layout '{to}'")
 
 
 def convert_checkpoint(
@@ -57,7 +129,6 @@ def convert_checkpoint(
     Raises:
         SystemExit: with one sentence, if there is no complete checkpoint.
     """
-    # Not on top: `--help` should not take the seconds that torch needs.
     import torch
     import torch.distributed as dist
     from transformers import AutoConfig, GenerationConfig
@@ -69,7 +140,7 @@ def convert_checkpoint(
     from .checkpoint.folder import complete_checkpoints, read_facts
     from .checkpoint.side_files import copy_side_files
     from .checkpoint.sources import CheckpointTensors
-    from .models.auto import causal_lm_class
+    from .models.auto import model_class
 
     if read_facts(checkpoint) is None:
         complete = complete_checkpoints(checkpoint)
@@ -94,7 +165,7 @@ def convert_checkpoint(
     # Multi-token prediction layers are built when asked for; a configuration that counts some had them saved.
     kept = {"mtp_loss_coef": 0} if getattr(config, "num_nextn_predict_layers", 0) else {}
     with torch.device("meta"):
-        model = causal_lm_class(config)._from_config(config, **kept)
+        model = model_class(config)._from_config(config, **kept)
     # The checkpoint's own files come along: configurations, tokenizer, templates, remote code.
     model.source_folder = checkpoint
     if (checkpoint / "generation_config.json").exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +27,25 @@ DATA_SHEET_BF16_FLOPS = {
 }
 
 
+_acting_kind: str | None = None
+
+
+def kind(device: torch.device) -> str:
+    """ "cuda", "npu" or "cpu": which way code takes where ways differ."""
+    return _acting_kind or device.type
+
+
+@contextlib.contextmanager
+def acting_as(device_kind: str) -> Iterator[None]:
+    """Inside, tensors of any device take the way of this kind: a dry run on a CPU takes that of an accelerator."""
+    global _acting_kind
+    before, _acting_kind = _acting_kind, device_kind
+    try:
+        yield
+    finally:
+        _acting_kind = before
+
+
 def device_name(device: torch.device) -> str:
     """What the maker calls it, "NVIDIA H200" say; "cpu" for a CPU."""
     if device.type == "cpu":
@@ -44,7 +65,7 @@ def logits_tile_width(device: torch.device) -> int:
     On a CPU a tile of 1,024 stays in the cache (2.1x faster than 8,192 at 1,024 tokens, hidden 128, vocabulary 152k);
     an accelerator wants matrix products that fill it.
     """
-    return 1024 if device.type == "cpu" else 8192
+    return 1024 if kind(device) == "cpu" else 8192
 
 
 def synchronize(device: torch.device) -> None:
@@ -62,7 +83,7 @@ class CopyStream:
     def __init__(self, device: torch.device):
         self.device = device
         self._module: Any = torch.get_device_module(device)
-        self._stream: Any = None if device.type == "cpu" else self._module.Stream(device=device)
+        self._stream: Any = None if kind(device) == "cpu" else self._module.Stream(device=device)
 
     def host_like(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor like it in host memory that the device reads by itself; of a DTensor, a DTensor."""

@@ -60,6 +60,22 @@ def test_log_normal_lengths():
     assert after < 1.1
 
 
+def test_rows_with_images_are_not_as_cheap_as_their_tokens_say():
+    """InternVL3.5-241B-A28B: a tile costs 256 tokens of its language model and 34 TFLOP of its 6B tower. Half of the
+    rows have images, of 1 to 13 tiles; the others as many tokens of text."""
+    generator = torch.Generator().manual_seed(1)
+    tiles = torch.randint(1, 14, (1024,), generator=generator).mul(torch.arange(1024) % 2).tolist()
+    lengths = torch.randint(300, 3600, (1024,), generator=generator).tolist()
+    flops = TrainingFlops(per_token=164e9, per_squared_length=4.6e6, per_tile=34e12)
+    lengths = [max(length, 256 * number + 40) for length, number in zip(lengths, tiles, strict=True)]
+    weights = [flops(length, length**2, number) for length, number in zip(lengths, tiles, strict=True)]
+    by_tokens = imbalance(sampled([flops(length, length**2) for length in lengths]), weights)
+    by_work = imbalance(sampled(weights), weights)
+    print(f"slowest rank over mean: {by_tokens:.3f} by tokens alone, {by_work:.3f} with the tiles")
+    assert by_tokens > 1.1
+    assert by_work < 1.05
+
+
 def test_small_ones():
     assert equal_work([4.0, 1.0, 3.0, 2.0], 2) == [[0, 1], [2, 3]]
     assert equal_work([1.0, 5.0], 2) == [[1], [0]]

@@ -123,8 +123,8 @@ BAD = {
 }
 MORE_BAD = [
     (
-        message(content=[{"type": "image", "url": "x"}]),
-        "message 2 has a part of type 'image'; only parts of type 'text'",
+        message(content=[{"type": "audio", "url": "x"}]),
+        "message 2 has a part of type 'audio'; parts of type 'text', 'image' and 'video' are read",
     ),
     (message(content=["Hello"]), "message 2 has a part that is text"),
     (message(tool_calls=[{"function": {"arguments": {}}}]), "message 2: a tool call has no function name"),

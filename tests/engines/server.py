@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from tests.ports import free_port
 from tests.ranks import REPO
 
 PYTHON = REPO / ".venv-engine" / "bin" / "python"
@@ -29,9 +29,7 @@ class VllmServer:
     def __init__(self, folder: Path, scratch: Path):
         if not PYTHON.exists():
             pytest.fail(f"There is no vLLM in {PYTHON.parent.parent}: run `make engine` to install it (a few minutes).")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = scratch / "vllm.log"
         env = {

@@ -50,10 +50,8 @@ def save_checkpoints(folder: Path) -> None:
     (folder / "runs" / "trained").rename(folder / "qwen3_moe_trained")
 
 
-def greedy_of_vllm(models: dict[str, str], scratch: Path) -> dict:
-    request, answer = scratch / "request.json", scratch / "answer.json"
-    request.write_text(json.dumps({"models": models, "prompts": PROMPTS, "max_tokens": NEW_TOKENS}))
-    env = {
+def engine_environment() -> dict[str, str]:
+    return {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_MLA_DISABLE": "1",  # its MLA kernel for CPUs has no fp32
@@ -61,8 +59,13 @@ def greedy_of_vllm(models: dict[str, str], scratch: Path) -> dict:
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
+
+
+def greedy_of_vllm(models: dict[str, str], scratch: Path) -> dict:
+    request, answer = scratch / "request.json", scratch / "answer.json"
+    request.write_text(json.dumps({"models": models, "prompts": PROMPTS, "max_tokens": NEW_TOKENS}))
     command = [str(PYTHON), str(REPO / "tests" / "engines" / "vllm_greedy.py"), str(request), str(answer)]
-    done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=engine_environment(), cwd=scratch, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return json.loads(answer.read_text())
 

@@ -6,10 +6,13 @@ from transformers import (
     DeepseekV3Config,
     Glm4MoeConfig,
     GptOssConfig,
+    InternVLConfig,
+    PreTrainedConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
+from xtuner_hf.models.interns1.configuration import InternS1Config
 from xtuner_hf.models.kimi_k2.configuration import KimiK2Config
 
 _DEEPSEEK = {
@@ -111,4 +114,29 @@ def glm4_moe() -> Glm4MoeConfig:
         n_shared_experts=1,
         num_experts_per_tok=8,
         num_nextn_predict_layers=1,
+    )
+
+
+VIT_300M = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+VIT_300M |= {"attention_bias": True, "norm_type": "layer_norm", "use_qk_norm": False}
+VIT_6B = {"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800}
+VIT_6B |= {"attention_bias": False, "norm_type": "rms_norm", "use_qk_norm": True}
+
+
+def internvl(text: PreTrainedConfig, vision: dict) -> InternVLConfig:
+    """InternVL3.5. Of the two published heads of the smallest the tied one is taken, whose parameters count once."""
+    return InternVLConfig(
+        text_config=text.to_dict(),
+        vision_config=vision,
+        image_token_id=151671,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def interns1(text: PreTrainedConfig, vision: dict) -> InternS1Config:
+    return InternS1Config(
+        text_config=text.to_dict() | {"vocab_size": 153216},
+        vision_config=vision | {"drop_path_rate": 0.1},
+        image_token_id=152957,
+        tie_word_embeddings=False,
     )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.families import tokens
 from tests.trainers.scenario import full
-from xtuner_hf import AutoModelForCausalLM
+from xtuner_hf import AutoModelForCausalLM, host_reads
 from xtuner_hf.models.flops import TrainingFlops
 from xtuner_hf.moe import ep_dispatcher
 from xtuner_hf.moe.block import SparseMoEBlock
@@ -46,9 +46,9 @@ class OrderOfCalls:
 
     def __enter__(self):
         calls = self.calls
-        self._original = ep_dispatcher.HostCopy
+        self._original = host_reads.HostCopy
 
-        class Noted(ep_dispatcher.HostCopy):
+        class Noted(host_reads.HostCopy):
             def __init__(self, tensor):
                 calls.append("sizes leave")
                 super().__init__(tensor)
@@ -57,7 +57,7 @@ class OrderOfCalls:
                 calls.append("sizes awaited")
                 return super().wait()
 
-        ep_dispatcher.HostCopy = Noted
+        host_reads.HostCopy = Noted
         self._hooks = []
         for block in self._blocks:
             named = {"routed": getattr(block, block.router_name), "shared experts": block.shared_experts}
@@ -68,7 +68,7 @@ class OrderOfCalls:
         return self
 
     def __exit__(self, *_):
-        ep_dispatcher.HostCopy = self._original
+        host_reads.HostCopy = self._original
         for hook in self._hooks:
             hook.remove()
 

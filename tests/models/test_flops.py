@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig
 
+from tests import vision
 from tests.families import deepseek_config, gpt_oss_config
 from tests.models import published
 from tests.tiny import build, dense_config, moe_config
@@ -63,6 +64,47 @@ def test_a_layer_with_a_window_is_linear_in_the_length_and_mla_has_two_head_size
     flops = TrainingFlops.of_model(build(DeepseekV3ForCausalLM, config))
     heads = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     assert flops.per_squared_length == config.num_hidden_layers * 6 * heads / 2
+
+
+def test_forward_of_a_tile_equals_torch_s_counter():
+    model = vision.ours("internvl_moe", attention="eager").eval()
+    flops = TrainingFlops.of_model(model)
+    with FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(pixel_values=vision.tiles(3))
+    # The patches' own gradient is one of two in backward: nothing trains below them.
+    patches, weight = 16, model.model.vision_tower.embeddings.patch_embeddings.projection.weight
+    forward = (flops.per_tile + 2 * patches * weight.numel()) / 3
+    assert counter.get_total_flops() == pytest.approx(3 * forward, rel=1e-9)
+    assert flops(100, 2000, 3) == 100 * flops.per_token + 2000 * flops.per_squared_length + 3 * flops.per_tile
+
+
+def test_a_tower_that_does_not_train_has_no_gradient_to_compute():
+    model = vision.ours("internvl_moe", attention="eager").eval()
+    full = TrainingFlops.of_model(model)
+    model.model.vision_tower.requires_grad_(False)
+    first, second = (getattr(model.model.multi_modal_projector, name).weight for name in ("linear_1", "linear_2"))
+    backward = 2 * vision.TOKENS_PER_TILE * (first.numel() + 2 * second.numel())
+    expected = _forward_per_tile(model) + backward
+    assert TrainingFlops.of_model(model).per_tile == pytest.approx(expected)
+    model.requires_grad_(False)
+    assert TrainingFlops.of_model(model).per_tile == pytest.approx(_forward_per_tile(model))
+    assert TrainingFlops.of_model(model).per_squared_length == full.per_squared_length
+
+
+def _forward_per_tile(model) -> float:
+    with FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(pixel_values=vision.tiles(1))
+    return counter.get_total_flops()
+
+
+def test_the_text_of_a_model_that_reads_images_counts_as_alone():
+    model = vision.ours("internvl_moe")
+    alone = build(Qwen3MoeForCausalLM, moe_config())
+    together = TrainingFlops.of_model(model)
+    assert (together.per_token, together.per_squared_length) == (
+        TrainingFlops.of_model(alone).per_token,
+        TrainingFlops.of_model(alone).per_squared_length,
+    )
 
 
 def test_frozen_weights_have_no_gradient_to_compute():

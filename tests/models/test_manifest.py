@@ -17,6 +17,13 @@ from tests.models import published
 from xtuner_hf.models.auto import AutoModelForCausalLM
 from xtuner_hf.models.manifest import HubTensor, hub_manifest, meta_model
 
+VIT_300M, VIT_6B = published.VIT_300M, published.VIT_6B
+QWEN3_06B = published.qwen3_dense(1024, 3072, 28, 16, True)
+QWEN3_8B = published.qwen3_dense(4096, 12288, 36, 32, False)
+QWEN3_32B = published.qwen3_dense(5120, 25600, 64, 64, False)
+A3B = published.qwen3_moe(2048, 48, 32, 4, 128, 768)
+A22B = published.qwen3_moe(4096, 94, 64, 4, 128, 1536)
+
 
 @pytest.mark.parametrize(
     ("config", "total", "active"),
@@ -30,6 +37,18 @@ from xtuner_hf.models.manifest import HubTensor, hub_manifest, meta_model
         pytest.param(published.gpt_oss(36, 128), 116_829_156_672, 5_711_982_912, id="gpt-oss-120b"),
         pytest.param(published.deepseek_v3(), 671_026_404_352, 37_552_282_624, id="DeepSeek-V3"),
         pytest.param(published.kimi_k2(), 1_026_408_209_408, 32_861_477_888, id="Kimi-K2"),
+        pytest.param(published.internvl(QWEN3_06B, VIT_300M), 905_315_328, None, id="InternVL3.5-1B"),
+        pytest.param(published.internvl(QWEN3_32B, VIT_6B), 38_390_405_504, None, id="InternVL3.5-38B"),
+        pytest.param(published.internvl(A3B, VIT_300M), 30_848_730_112, 3_669_640_192, id="InternVL3.5-30B-A3B"),
+        pytest.param(published.internvl(A22B, VIT_6B), 240_699_370_368, 27_796_499_328, id="InternVL3.5-241B-A28B"),
+        pytest.param(
+            published.internvl(published.gpt_oss(24, 32), VIT_300M),
+            21_238_874_304,
+            4_511_557_824,
+            id="InternVL-GPT-OSS",
+        ),
+        pytest.param(published.interns1(A22B, VIT_6B), 240_709_856_128, 27_806_985_088, id="Intern-S1"),
+        pytest.param(published.interns1(QWEN3_8B, VIT_300M), 8_538_804_224, None, id="Intern-S1-mini"),
     ],
 )
 def test_parameter_counts(config, total, active):
@@ -38,7 +57,8 @@ def test_parameter_counts(config, total, active):
     assert sum(parameter.numel() for parameter in parameters.values()) == total
     if active is not None:
         routed = sum(parameter.numel() for name, parameter in parameters.items() if ".mlp.experts." in name)
-        assert total - routed + routed * config.num_experts_per_tok // config.num_local_experts == active
+        text = config.get_text_config()
+        assert total - routed + routed * text.num_experts_per_tok // text.num_local_experts == active
 
 
 def fp8_index(manifest: dict[str, HubTensor]) -> tuple[int, int]:
@@ -118,3 +138,36 @@ def test_a_manifest_is_what_save_pretrained_writes(name, tmp_path):
     written = load_file(tmp_path / "model.safetensors")
     expected = {key: HubTensor(tuple(tensor.shape), tensor.dtype) for key, tensor in written.items()}
     assert hub_manifest(model) == hub_manifest(meta_model(config, **arguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix", "vision_tensors"),
+    [
+        # A layer has q, k, v, projection, fc1, fc2 with biases, two norms with biases, and two lambdas: 18.
+        pytest.param(published.internvl(A3B, VIT_300M), "", 24 * 18 + 4, id="30B-A3B"),
+        # No biases of q, k, v and of the norms, but two norms more: 15.
+        pytest.param(published.internvl(A22B, VIT_6B), "", 45 * 15 + 4, id="241B-A28B"),
+        pytest.param(published.interns1(A22B, VIT_6B), "model.", 45 * 15 + 4, id="Intern-S1"),
+    ],
+)
+def test_models_that_read_images(config, prefix, vision_tensors):
+    manifest = hub_manifest(meta_model(config))
+    width, text = config.vision_config.hidden_size, config.text_config
+    tower = [name for name in manifest if name.startswith(f"{prefix}vision_tower.")]
+    assert len(tower) == vision_tensors
+    language = hub_manifest(meta_model(text))
+    trunk, head = ("language_model.model.", "language_model.lm_head.")
+    if prefix:
+        trunk, head = ("model.language_model.", "lm_head.")
+    renamed = {
+        n.replace("model.", trunk, 1) if n.startswith("model.") else n.replace("lm_head.", head): n for n in language
+    }
+    assert {name for name in manifest if name.startswith((trunk, head))} == renamed.keys()
+    assert all(manifest[name] == language[plain] for name, plain in renamed.items())
+    assert len(manifest) == len(tower) + 6 + len(language)
+    layer = f"{prefix}vision_tower.encoder.layer.23"
+    bf16 = torch.bfloat16
+    assert manifest[f"{layer}.attention.q_proj.weight"] == HubTensor((width, width), bf16)
+    assert (f"{layer}.attention.q_norm.weight" in manifest) == config.vision_config.use_qk_norm
+    assert manifest[f"{prefix}vision_tower.embeddings.position_embeddings"] == HubTensor((1, 1025, width), bf16)
+    assert manifest[f"{prefix}multi_modal_projector.linear_1.weight"] == HubTensor((text.hidden_size, 4 * width), bf16)

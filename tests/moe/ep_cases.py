@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3MoeConfig
 
 from benchmarks.dispatch_traffic import WireCounter
+from xtuner_hf import host_reads
 from xtuner_hf._compat import EPImplementationInterface
 from xtuner_hf.moe import ep_dispatcher
 from xtuner_hf.moe.experts import GroupedExperts
@@ -155,10 +156,10 @@ def all_cases() -> dict:
 def count_waits(dispatcher: str) -> int:
     """Times that a forward and backward waits for a copy to the host."""
     waits = []
-    wait = ep_dispatcher.HostCopy.wait
-    ep_dispatcher.HostCopy.wait = lambda self: waits.append(1) or wait(self)
+    wait = host_reads.HostCopy.wait
+    host_reads.HostCopy.wait = lambda self: waits.append(1) or wait(self)
     try:
         run(dispatcher, "unequal", torch.float32, "xtuner_grouped_mm")
     finally:
-        ep_dispatcher.HostCopy.wait = wait
+        host_reads.HostCopy.wait = wait
     return len(waits)

@@ -1,5 +1,5 @@
 """Fixtures of the trainers' tests."""
 
-from tests.trainers.exact_head import tolerance
+from tests.trainers.exact_head import exact_head, tolerance
 
-__all__ = ["tolerance"]
+__all__ = ["exact_head", "tolerance"]

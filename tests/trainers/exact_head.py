@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-KERNEL_TOLERANCE = 2e-6  # the kernel returns fp32, and an answer's sum is down to -60
+KERNEL_TOLERANCE = 4e-6  # the kernel returns fp32, and an answer's sum is down to -60; 2.7e-6 on an AMD EPYC
 EXACT_TOLERANCE = 1e-9
 
 
-class _ExactLogProbs:
+class ExactLogProbs:
     """Stands for `ChunkedLogProbFunction`."""
 
     @staticmethod
@@ -24,10 +24,15 @@ class _ExactLogProbs:
         return chosen, entropy, None, mean, top1
 
 
+@pytest.fixture
+def exact_head(monkeypatch) -> None:
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", ExactLogProbs)
+
+
 @pytest.fixture(params=["TRL's kernel", "fp64"])
-def tolerance(request, monkeypatch) -> float:
+def tolerance(request) -> float:
     """How exact gradients are; with TRL's kernel, and with it in fp64."""
     if request.param == "fp64":
-        monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", _ExactLogProbs)
+        request.getfixturevalue("exact_head")
         return EXACT_TOLERANCE
     return KERNEL_TOLERANCE

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from tests.rl.toy import char_tokenizer
 from tests.trainers.preference_scenario import pairs, policy, run_quickly
@@ -24,6 +25,8 @@ def rows(num_rows: int = 16) -> list[dict]:
 
 def train(kind: Any, config_class: Any, *, batch: int = 4, accumulation: int = 1, **arguments: Any) -> dict:
     keywords = {key: arguments.pop(key) for key in ("model", "ref_model", "peft_config") if key in arguments}
+    if arguments.pop("adapters", False):
+        keywords |= {"ref_model": None, "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], r=4)}
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
         settings = {"gradient_checkpointing": False, "max_grad_norm": 0.5, "router_aux_loss_coef": 0.0, "beta": 0.3}
@@ -38,6 +41,7 @@ def train(kind: Any, config_class: Any, *, batch: int = 4, accumulation: int = 1
             report_to=[],
             use_cpu=True,
             bf16=False,
+            per_device_eval_batch_size=batch,
             **(settings | arguments),
         )
         trainer = kind(
@@ -48,6 +52,7 @@ def train(kind: Any, config_class: Any, *, batch: int = 4, accumulation: int = 1
             callbacks=[recorder],
         )
         run_quickly(trainer)
+        evaluated = trainer.evaluate(Dataset.from_list(rows(8)))["eval_loss"]
     load = trainer._balance.metrics() if hasattr(trainer, "_balance") else None
     tokens = int(trainer._totals[0]) if hasattr(trainer, "_totals") else None
     return {
@@ -55,6 +60,7 @@ def train(kind: Any, config_class: Any, *, batch: int = 4, accumulation: int = 1
         "grads": recorder.grads,
         "load": load and load.load_LE.sum(1).tolist(),
         "tokens": tokens,
+        "eval_loss": evaluated,
     }
 
 

@@ -40,7 +40,8 @@ def policy(seed: int = 0, dtype: torch.dtype = torch.float64, dense: bool = Fals
 
 def make_trainer(kind: Any, config_class: Any, folder: str, *, batch: int, accumulation: int, steps: int, **arguments):
     """A trainer of class `kind` with a reference that differs from the policy, and its recorder."""
-    keywords = {key: arguments.pop(key) for key in ("model", "ref_model", "peft_config") if key in arguments}
+    given = ("model", "ref_model", "peft_config", "processing_class", "train_dataset")
+    keywords = {key: arguments.pop(key) for key in given if key in arguments}
     dense = arguments.pop("dense", False)
     num_rows = arguments.pop("num_rows", 16)
     recorder = Recorder()
@@ -61,13 +62,12 @@ def make_trainer(kind: Any, config_class: Any, folder: str, *, batch: int, accum
             | arguments
         ),
     )
-    trainer = kind(
-        **({"model": policy(0, dense=dense), "ref_model": policy(1, dense=dense)} | keywords),
-        args=args,
-        train_dataset=Dataset.from_list(pairs(num_rows)),
-        processing_class=char_tokenizer(),
-        callbacks=[recorder],
-    )
+    defaults: dict = {"processing_class": char_tokenizer(), "train_dataset": Dataset.from_list(pairs(num_rows))}
+    if "model" not in keywords:
+        defaults |= {"model": policy(0, dense=dense)}
+    if "ref_model" not in keywords:
+        defaults |= {"ref_model": policy(1, dense=dense)}
+    trainer = kind(**(defaults | keywords), args=args, callbacks=[recorder])
     return trainer, recorder
 
 
@@ -85,11 +85,12 @@ def train(
     steps: int = 2,
     resume_at: int | None = None,
     folder: str | None = None,
+    evaluate: bool = False,
     **arguments,
 ) -> dict:
     """Train on 8 pairs an optimizer step, if batch x ranks x accumulation is; optionally in two runs.
 
-    `folder` is for a resumed run on several processes, which must share it.
+    `folder` is for a resumed run on several processes, which must share it. `evaluate` on 5 other pairs afterwards.
     """
     import xtuner_hf
 
@@ -105,8 +106,9 @@ def train(
             trainer, recorder = make_trainer(*classes, folder, **settings)
             run_quickly(trainer, resume_from_checkpoint=index > 0)
             shifts += [log.get("rewards/shift") for log in recorder.logs]
+        evaluated = trainer.evaluate(Dataset.from_list(pairs(5, seed=1)))["eval_loss"] if evaluate else None
     state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
-    return {"logs": recorder.logs, "grads": recorder.grads, "state": state, "shifts": shifts}
+    return {"logs": recorder.logs, "grads": recorder.grads, "state": state, "shifts": shifts, "evaluated": evaluated}
 
 
 def train_all(runs: list[dict]) -> list[dict]:

@@ -30,9 +30,8 @@ def make_trainer(
     **arguments: Any,
 ):
     """A trainer of class `kind`, its recorder and its engine (None: the model samples itself)."""
-    keywords = {
-        key: arguments.pop(key) for key in ("model", "peft_config", "train_dataset", "rollout_func") if key in arguments
-    }
+    given = ("model", "peft_config", "train_dataset", "rollout_func", "processing_class")
+    keywords = {key: arguments.pop(key) for key in given if key in arguments}
     recorder = Recorder()
     stub = None
     if engine is not None:
@@ -61,12 +60,12 @@ def make_trainer(
                 "model": policy(0),
                 "rollout_func": stub,
                 "train_dataset": Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+                "processing_class": char_tokenizer(),
             }
             | keywords
         ),
         reward_funcs=reward,
         args=args,
-        processing_class=char_tokenizer(),
         callbacks=[recorder],
     )
     return trainer, recorder, stub
@@ -78,12 +77,14 @@ def train(kind: str = "MoEGRPOTrainer", **settings: Any) -> dict:
 
     classes = getattr(xtuner_hf, kind), getattr(xtuner_hf, kind.replace("Trainer", "Config"))
     settings = {"engine": {}, "experts_kernel": "reference"} | settings
+    evaluates = settings.pop("evaluate", False)
     with tempfile.TemporaryDirectory() as folder:
         trainer, recorder, engine = make_trainer(*classes, folder, **settings)
         run_quickly(trainer)
+        evaluated = trainer.evaluate(trainer.train_dataset) if evaluates else {}
     state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
     calls = engine.calls if engine is not None else []
-    return {"logs": recorder.logs, "grads": recorder.grads, "state": state, "calls": calls}
+    return {"logs": recorder.logs, "grads": recorder.grads, "state": state, "calls": calls, "evaluated": evaluated}
 
 
 def train_all(runs: list[dict]) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import xtuner_hf
+from tests import vision
 from tests.families import FAMILIES
 from tests.tiny import uneven_rows
 from xtuner_hf.data import PackedCollator
@@ -65,9 +67,15 @@ def train(
     """Train a tiny model on rows of uneven length, 8 of them an optimizer step if batch x ranks x accumulation is.
 
     `config` changes the family's configuration, `init` goes to the model's constructor. `idle_experts` get no token.
+    `family` may be one of `tests.vision.MODELS`: then some of the rows have images.
     """
     changes = {"router_correction_bias": True} if family == "qwen3_moe" else {}
-    model = FAMILIES[family].ours(dtype, init=init, **changes, **(config or {}))
+    sees = family in vision.MODELS
+    if sees:
+        model = vision.ours(family, dtype, "xtuner_reference")
+    else:
+        model = FAMILIES[family].ours(dtype, init=init, **changes, **(config or {}))
+    rows, collator = (vision.uneven_rows, vision.TileCollator) if sees else (uneven_rows, PackedCollator)
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             bias[list(idle_experts)] = -100.0
@@ -92,8 +100,8 @@ def train(
             **(BALANCE | {"experts_kernel": "reference", "learning_rate": 1e-3} | arguments),
         )
         keywords = {
-            "data_collator": PackedCollator(pad_token_id=0, padding_free=packed, pad_to_multiple_of=pad_to_multiple_of),
-            "train_dataset": Dataset.from_list(uneven_rows(num_rows)),
+            "data_collator": collator(pad_token_id=0, padding_free=packed, pad_to_multiple_of=pad_to_multiple_of),
+            "train_dataset": Dataset.from_list(rows(num_rows)),
             "callbacks": [recorder],
         }
         if trainer_kind == "MoESFTTrainer":
@@ -105,9 +113,14 @@ def train(
 
 
 def train_each(runs: list[dict]) -> list[dict]:
-    """`train` with each of these arguments, one run after the other in the same processes."""
+    """`train` with each of these arguments, one run after the other in the same processes.
+
+    With `accelerate_fsdp`, which must be the last, as launched with `distributed_type: FSDP` in the config.
+    """
     results = []
     for run in runs:
+        if run.pop("accelerate_fsdp", False):
+            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         results.append(train(**run))
         AcceleratorState._reset_state()  # it outlives a trainer
     return results

@@ -120,8 +120,6 @@ def test_a_run_on_one_process():
 def test_two_processes_without_refill():
     """Clip-higher, the mean over tokens and the overlong punishment do not depend on the ranks."""
     settings = KERNEL | {"kind": "MoEDAPOTrainer", "dynamic_sampling": False, "soft_overlong_fraction": 0.5}
-    # One step: ranks pad prompts differently, rotations are fp32, and AdamW makes 1e-7 of a gradient near 0 big.
-    settings |= {"steps": 1}
     whole = train(**settings)
     run = settings | {"batch": 2, "accumulation": 2, "ep_size": 2}
     for (found,) in run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=[run]):
@@ -131,7 +129,13 @@ def test_two_processes_without_refill():
 def test_two_processes():
     """Ranks sample equally often, and each fills its part; token counts are those of both."""
     settings = {"kind": "MoEDAPOTrainer", "reward": solved_half, "steps": 2, "batch": 4, "ep_size": 2} | KERNEL
-    first, second = run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=[settings])
+    shared = settings | {"accumulation": 2, "sp_size": 2}
+    first, second = run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=[settings, shared])
+    whole = train(**settings | {"batch": 8, "ep_size": 1})
+    for run in (first[1], second[1]):  # one batch, which both have a half of
+        assert_same_run(run, whole)
+        assert run["calls"] == whole["calls"]
+        assert run["logs"][0]["dynamic_sampling/filled"] == 1.0
     assert len(first[0]["calls"]) == len(second[0]["calls"]) > 2
     assert {prompt for call in first[0]["calls"] + second[0]["calls"] for prompt in call} > set(PROMPTS[:2])
     for name, tensor in first[0]["state"].items():

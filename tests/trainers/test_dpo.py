@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tests.ranks import run_on_ranks
 from tests.rl.toy import char_tokenizer
-from tests.trainers.exact_head import KERNEL_TOLERANCE
+from tests.trainers.exact_head import EXACT_TOLERANCE, KERNEL_TOLERANCE
 from tests.trainers.preference_scenario import make_trainer, pairs, policy, reference_losses, run_quickly, train
 from xtuner_hf import MoEDPOConfig, MoEDPOTrainer, MoEMPOConfig
 
@@ -69,6 +69,7 @@ def test_loss_and_gradients_are_the_formula(losses, weights, reduction, toleranc
     assert worst(run["grads"][0], gradients(loss, model)) < tolerance
 
 
+@pytest.mark.usefixtures("exact_head")
 @pytest.mark.parametrize("losses", [["sigmoid"], ["ipo", "nca_pair"], ["sigmoid", "bco_pair", "sft"]])
 def test_equals_trl(losses, tmp_path):
     """One micro-batch a step, where TRL's means over micro-batches are means over the step."""
@@ -81,7 +82,7 @@ def test_equals_trl(losses, tmp_path):
         trainer, recorder = make_trainer(kind, config, str(tmp_path / kind.__name__), **settings, **extra)
         run_quickly(trainer)
         runs.append({"logs": recorder.logs, "grads": recorder.grads})
-    assert_same_run(runs[1], runs[0], 1e-9 if losses == ["sigmoid"] else TOLERANCE)
+    assert_same_run(runs[1], runs[0], EXACT_TOLERANCE)
     for name in ("rewards/margins", "logps/chosen", "entropy", "logits/rejected"):
         assert runs[1]["logs"][1][name] == pytest.approx(runs[0]["logs"][1][name], rel=1e-6)
 
@@ -112,11 +113,17 @@ def test_one_process(split, whole):
 
 def test_two_processes(whole):
     splits = [{"batch": 4, "ep_size": 1}, {"batch": 2, "accumulation": 2, "ep_size": 2}]
-    splits += [{"batch": 4, "accumulation": 2, "sp_size": 2}]
+    # Adapters off are the reference; pairs of which two ranks have half of each answer.
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+    adapted = {"peft_config": lora, "ref_model": None, "evaluate": True, "per_device_eval_batch_size": 4}
+    splits += [split | {"batch": 4, "accumulation": 2, "sp_size": 2} for split in ({}, adapted)]
     runs = [{"loss_type": ["sigmoid", "sft"]} | BALANCED | split for split in splits]
-    for results in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=runs):
+    with_adapters = train(loss_type=["sigmoid", "sft"], **BALANCED, **adapted)
+    for *results, of_adapters in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=runs):
         for run in results:
             assert_same_run(run, whole)
+        assert_same_run(of_adapters, with_adapters)
+        assert of_adapters["evaluated"] == pytest.approx(with_adapters["evaluated"], rel=1e-6)
 
 
 def test_the_reference_is_sharded_as_the_policy_is():

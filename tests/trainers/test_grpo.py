@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -24,7 +25,8 @@ EVERYTHING = KERNEL | {
     "router_aux_loss_coef": 0.05,
     "router_z_loss_coef": 0.01,
 }
-NO_REPLAY = {"router_replay": None}
+# Two iterations over the same rollouts; the learning rate moves the routers away from what they chose.
+R2 = KERNEL | {"engine": {}, "router_replay": "R2", "num_iterations": 2, "learning_rate": 0.01}
 
 
 # ---- TRL's own ----
@@ -40,15 +42,21 @@ NO_REPLAY = {"router_replay": None}
     ],
     ids=["default", "accumulation", "iterations", "several steps a generation"],
 )
+@pytest.mark.usefixtures("exact_head")
 def test_equals_trl(settings, tmp_path):
-    """The model samples itself, from one seed; every log, gradient and answer is the same."""
+    """The model samples itself, from one seed; every log, gradient and answer is the same.
+
+    Prompts are of one length: TRL's positions count padding before them, ours do not, and rotations are fp32.
+    """
+    prompts = Dataset.from_list([{"prompt": prompt} for prompt in ("3+5=", "12+9", "7-2=", "say.")])
     runs = []
     for kind, config, extra in (
         (GRPOTrainer, GRPOConfig, {"router_aux_loss_coef": 0.0}),
         (MoEGRPOTrainer, MoEGRPOConfig, KERNEL),
     ):
         torch.manual_seed(0)
-        trainer, recorder, _ = make_trainer(kind, config, str(tmp_path / kind.__name__), **settings, **extra)
+        folder = str(tmp_path / kind.__name__)
+        trainer, recorder, _ = make_trainer(kind, config, folder, train_dataset=prompts, **settings, **extra)
         run_quickly(trainer)
         runs.append({"logs": recorder.logs, "grads": recorder.grads})
     assert_same_run(runs[1], runs[0], 1e-9)
@@ -101,9 +109,7 @@ def formula(model, ref_model, batch: dict, name: str) -> torch.Tensor:
 
         def logps(of_model, prompt=prompt, answer=answer):
             ids = torch.cat([prompt, answer])[None]
-            # As if the padding were there: rotations are fp32 in every model, and 1e-7 from those of other positions.
-            positions = torch.arange(ids.shape[1])[None] + batch["prompt_mask"].shape[1] - len(prompt)
-            logits = of_model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            logits = of_model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
             return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
         new, old, advantage = logps(model), batch["old_per_token_logps"][row][:length], batch["advantages"][row]
@@ -167,19 +173,35 @@ def test_two_processes(whole):
         plain | {"batch": 2, "accumulation": 2, "ep_size": 2},
         # The model samples itself, over both processes.
         {"engine": None, "batch": 4, "ep_size": 2, "steps": 1},
-        # Sequences shared by both.
-        *(shared | {"batch": 4, "accumulation": 2, "sp_size": 2} for shared in (plain, EVERYTHING | NO_REPLAY)),
-        {"engine": None, "batch": 4, "sp_size": 2, "steps": 1},
     ]
-    reference, without_replay = train(**plain), train(**EVERYTHING | NO_REPLAY)
-    results = run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs)
-    for first, second, third, fourth, fifth, sixth, _ in results:
+    reference = train(**plain)
+    for first, second, third, fourth in run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs):
         assert_same_run(first, whole)
         assert_same_run(second, whole)
         assert_same_run(third, reference)
         assert fourth["logs"][0]["completions/max_length"] > 0
-        assert_same_run(fifth, reference)
-        assert_same_run(sixth, without_replay)
+
+
+def test_two_processes_that_share_sequences(whole):
+    """Routes of an engine (R3) and of this trainer (R2), whose rows both processes have a part of; evaluation."""
+    shared = {"batch": 4, "accumulation": 2, "sp_size": 2}
+    evaluated = {"engine": {}, "evaluate": True, "per_device_eval_batch_size": 8, "steps": 1}
+    plain = {"engine": {}, "beta": 0.1, "max_grad_norm": 0.5}
+    runs = [
+        EVERYTHING | shared | {"gradient_checkpointing": True},
+        R2 | shared,
+        evaluated | shared,
+        plain | shared,
+        {"engine": None, "batch": 4, "sp_size": 2, "steps": 1},
+    ]
+    expected = [whole, train(**R2), train(**evaluated), train(**plain)]
+    results = run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs)
+    for found in results:
+        for run, reference in zip(found, expected, strict=False):
+            assert_same_run(run, reference)
+        for name in ("eval_loss", "eval_reward", "eval_completions/mean_length"):
+            assert found[2]["evaluated"][name] == pytest.approx(expected[2]["evaluated"][name], rel=1e-6), name
+    assert abs(expected[2]["evaluated"]["eval_loss"]) > 1e-3
     # Sampled by each rank in its own way, trained on by both what the first one sampled.
     assert_same_run(*(runs[-1] for runs in results))
 
@@ -251,16 +273,23 @@ def test_r2_replays_what_the_old_log_probabilities_chose(tmp_path):
     trainer, _, _ = make_trainer(MoEGRPOTrainer, MoEGRPOConfig, str(tmp_path), **settings)
     used, native = [], []
     router = trainer.model.model.layers[0].mlp.gate
-    router.register_forward_hook(lambda _, __, routing: used.append(routing.topk_ids_TK))
+
+    def by_sample(inputs, ids_TK) -> list[torch.Tensor]:
+        return list(ids_TK.split(inputs[1].document_T.bincount().tolist()))
+
+    router.register_forward_hook(lambda _, inputs, routing: used.append(by_sample(inputs, routing.topk_ids_TK)))
     router.register_forward_hook(
-        lambda module, inputs, __: native.append(module.select(module.scores(module.logits(inputs[0]))))
+        lambda module, inputs, _: native.append(
+            by_sample(inputs, module.select(module.scores(module.logits(inputs[0]))))
+        )
     )
     run_quickly(trainer)
-    old, first, second = (routes.view(8, -1, 2) for routes in used)
-    order = [next(i for i in range(8) if torch.equal(old[i], first[row])) for row in range(8)]  # TRL shuffles samples
-    assert torch.equal(old[order], first)
-    assert torch.equal(first, second)
-    assert not torch.equal(native[2].view(8, -1, 2), second)
+    old, first, second = used
+    assert len(old) == 8
+    for sample, again in zip(first, second, strict=True):
+        assert torch.equal(sample, again)
+        assert any(torch.equal(sample, one) for one in old)  # TRL shuffles samples
+    assert not all(torch.equal(*pair) for pair in zip(native[2], second, strict=True))
 
 
 # ---- train-inference mismatch ----

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig
 from trl import KTOConfig, KTOTrainer
 
 from tests.models.test_mtp import model_with_mtp
@@ -28,24 +27,31 @@ def test_equals_trl(settings):
 
 def test_the_load_is_that_of_the_answers_that_train():
     """Neither the mismatched answers nor the reference, which with adapters goes through the same routers, count."""
-    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
-    for extra in ({}, {"ref_model": None, "peft_config": lora}):
+    for extra in ({}, {"adapters": True}):
         run = train(MoEKTOTrainer, MoEKTOConfig, **(KERNEL | {"router_aux_loss_coef": 0.05}), **extra)
         assert run["load"] == [2 * run["tokens"]] * 2
 
 
-def test_two_processes():
-    """Expert parallelism changes nothing; both ranks together are the mean over their micro-batches."""
-    balanced = KERNEL | {"router_aux_loss_coef": 0.05, "ref_model": None}
-    runs = [balanced | {"batch": 2, "ep_size": ep_size} for ep_size in (1, 2)]
-    for plain, expert_parallel in run_on_ranks("tests.trainers.kto_scenario:train_all", 2, runs=runs):
-        assert_same_run(expert_parallel, plain)
+def test_several_processes():
+    """Expert parallelism changes nothing; two ranks together are the mean over their micro-batches, and so are two
+    pairs of ranks that share sequences, with adapters too, whose base is the reference."""
+    balanced = KERNEL | {"router_aux_loss_coef": 0.05, "ref_model": None, "batch": 2}
+    runs = [balanced | {"ep_size": 1}, balanced | {"ep_size": 2}, balanced | {"adapters": True}]
+    function = "tests.trainers.kto_scenario:train_all"
+    plain, expert_parallel, adapted = run_on_ranks(function, 2, runs=runs)[0]
+    assert_same_run(expert_parallel, plain)
+    shared = [balanced | {"sp_size": 2, "ep_size": 2}, balanced | {"sp_size": 2, "adapters": True}]
+    for runs in run_on_ranks(function, 4, runs=shared):
+        for run, expected in zip(runs, (plain, adapted), strict=True):
+            assert_same_run(run, expected)
+            assert run["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+            assert (run["load"], run["tokens"]) == (expected["load"], expected["tokens"])
+            for name in ("kl", "rewards/chosen", "logits/rejected", "num_tokens", "entropy"):
+                assert run["logs"][-1][name] == pytest.approx(expected["logs"][-1][name], rel=1e-5), name
 
 
 def test_what_kto_cannot_do_is_refused(tmp_path):
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": []}
-    with pytest.raises(ValueError, match="sp_size is 2, and KTO averages its loss over ranks"):
-        MoEKTOConfig(sp_size=2, **settings)
     model = model_with_mtp(dtype=torch.float32, coef=0.3)
     with pytest.raises(ValueError, match=r"mtp_loss_coef is 0\.3, but MoEKTOConfig trains on whole answers"):
         prepare_model(model, MoEKTOConfig(**settings))

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..host_reads import host_reads
+
 
 @dataclass(eq=False)
 class Documents:
@@ -69,7 +71,7 @@ class Documents:
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each document, on the host."""
-        return self.cu_seqlens.diff().tolist()
+        return host_reads().lengths(self.cu_seqlens)
 
     @cached_property
     def max_length(self) -> int:

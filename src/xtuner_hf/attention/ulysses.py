@@ -68,7 +68,11 @@ class SequenceShard:
 
     def take(self, whole_BL: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [B, S, ...]"""
-        return whole_BL.chunk(self.ranks.size, dim=1)[self.ranks.rank].contiguous()
+        return self.take_view(whole_BL).contiguous()
+
+    def take_view(self, whole_BL: torch.Tensor) -> torch.Tensor:
+        """`take`, in the same memory."""
+        return whole_BL.chunk(self.ranks.size, dim=1)[self.ranks.rank]
 
 
 class _AllToAll(torch.autograd.Function):
@@ -124,3 +128,28 @@ def check_heads(num_heads: int, sp_size: int) -> None:
             f"sp_size {sp_size} does not divide the model's {num_heads} query heads; every rank computes as many. "
             f"Choose one of {', '.join(map(str, divisors))}."
         )
+
+
+class _GatherParts(torch.autograd.Function):
+    """Every rank uses what all computed, so backward adds up what each found."""
+
+    @staticmethod
+    def forward(ctx, part, ranks):
+        ctx.ranks = ranks
+        whole = part.new_empty(ranks.size * len(part), *part.shape[1:])
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=ranks.group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad):
+        part = grad.new_empty(len(grad) // ctx.ranks.size, *grad.shape[1:])
+        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.ranks.group)
+        return part, None
+
+
+def gather_parts(part: torch.Tensor, ranks: SequenceRanks) -> torch.Tensor:
+    """The ranks' parts one behind the other along dimension 0, on all of them.
+
+    Of work that ranks share because all of them use the result: the gradient of a part is the sum of all ranks'.
+    """
+    return _GatherParts.apply(part, ranks)

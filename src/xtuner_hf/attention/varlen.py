@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from ..device import kind
 from .documents import Documents
 from .kernels import choose
 from .sinks import sink_attention_forward
@@ -67,7 +68,7 @@ def varlen_attention_forward(
         q_BSNK, k_BSMK, v_BSMV = sequence_to_heads(q_BSNK, k_BSMK, v_BSMV, sequence.ranks)
         if s_aux is not None:
             s_aux = s_aux.chunk(sequence.ranks.size)[sequence.ranks.rank]
-    kernel = choose(query.device.type, query.dtype, query.shape[-1], s_aux is not None, dropout > 0)
+    kernel = choose(kind(query.device), query.dtype, query.shape[-1], s_aux is not None, dropout > 0)
     output_TNV = kernel(
         *(tensor.flatten(0, 1) for tensor in (q_BSNK, k_BSMK, v_BSMV)),
         documents,

@@ -35,6 +35,9 @@ _DTYPES = {
 class HubFolder:
     """A folder with `config.json` and `model.safetensors`, or shards with their index.
 
+    Attributes:
+        file_of: tensor -> name of the file that holds it.
+
     Raises:
         CheckpointFormatError: no weights, a shard that the index names and that is not there, or a tensor that the
             index places in a file that does not hold it.
@@ -42,10 +45,10 @@ class HubFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._file_of = self._read_index()
-        files = {name: self._open(name) for name in sorted(set(self._file_of.values()))}
+        self.file_of = self._read_index()
+        files = {name: self._open(name) for name in sorted(set(self.file_of.values()))}
         held = {name: set(file.keys()) for name, file in files.items()}
-        for tensor, file in self._file_of.items():
+        for tensor, file in self.file_of.items():
             if tensor not in held[file]:
                 raise CheckpointFormatError(f"{self.path / INDEX} places {tensor} in {file}, which does not hold it.")
         self._files = files
@@ -67,14 +70,14 @@ class HubFolder:
         return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self.file_of
 
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self.file_of)
 
     def slice(self, name: str) -> Any:
         """safetensors' lazy view of a tensor; indexing it reads."""
-        return self._files[self._file_of[name]].get_slice(name)
+        return self._files[self.file_of[name]].get_slice(name)
 
     def spec(self, name: str) -> TensorSpec:
         view = self.slice(name)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from .folder import MARKER
 from .hub_config import to_hub_dialect, write_hub_config
+from .unknown_tensors import copy_unknown_tensors
 
 # Weights, and what says things of the source that are not true of a trained model.
 NOT_CARRIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
@@ -47,10 +48,14 @@ def write_side_files(model: Any, target: Path, *, quantised: bool = False, dtype
         quantised: the weights are in the source's quantised format again.
         dtype: what weights that are not were written in; None stands for the model's `config.dtype`.
     """
+    for path in getattr(model, "remote_code", ()):  # before the source's, which may be older than transformers 5
+        shutil.copyfile(path, target / path.name)
     source = getattr(model, "source_folder", None)  # transformers' own models have none
     if source is None or not (source / "config.json").exists():
         write_hub_config(target, dtype)
         return
+    if getattr(model, "unknown_tensors", ()):
+        copy_unknown_tensors(model, source, target)
     write_config_like(source, target, model.config, quantised=quantised, dtype=dtype)
     write_generation_config_like(source, target, getattr(model, "generation_config", None))
     copy_side_files(source, target)

@@ -1,4 +1,4 @@
-"""Conversations and texts to packed token rows and batches."""
+"""Conversations and texts, with images or without, to packed token rows and batches."""
 
 from __future__ import annotations
 
@@ -6,13 +6,29 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .collator import PackedCollator
+    from .collator import PackedCollator, VisionCollator
     from .load import load_conversations
     from .prepare import prepare_dataset
+    from .processor import InternVLProcessor
+    from .tiles import ImageTiler
 
-_HOMES = {"PackedCollator": "collator", "load_conversations": "load", "prepare_dataset": "prepare"}
+_HOMES = {
+    "ImageTiler": "tiles",
+    "InternVLProcessor": "processor",
+    "PackedCollator": "collator",
+    "VisionCollator": "collator",
+    "load_conversations": "load",
+    "prepare_dataset": "prepare",
+}
 
-__all__ = ["PackedCollator", "load_conversations", "prepare_dataset"]
+__all__ = [
+    "ImageTiler",
+    "InternVLProcessor",
+    "PackedCollator",
+    "VisionCollator",
+    "load_conversations",
+    "prepare_dataset",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Json, List, Value
+from datasets import Dataset, Features, Image, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 
-from .conversation import MalformedRow, check_conversation
+from .conversation import check_conversation
+from .images import image_size
+from .malformed import MalformedRow
 from .report import warn
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ _FEATURES = Features(
         "problem": Value("string"),
     }
 )
-_FORMAT = 1  # of the cached rows: raise it when the checks or the features change
+_FORMAT = 2  # of the cached rows: raise it when the checks or the features change
 
 
 def load_conversations(
@@ -43,6 +45,10 @@ def load_conversations(
     parts), the assistant's perhaps with `tool_calls`. A turn with `"loss": false` (or `"weight": 0`) is read by the
     model but not learned. `tools` (JSON schemas) and `chat_template_kwargs` are handed to the template. Other columns
     are left out. The ShareGPT shape (`conversations` of from/value) is taken too.
+
+    Images stand in parts of `content`, or in the row's `images` with `<image>` in the text where each belongs
+    (docs/vision-data.md). Relative paths are looked for from the folder of the file. Images are not decoded here; where
+    a row does not give `width` and `height`, the header of the file is read, and a missing or broken file is a bad row.
 
     The rows are cached by `datasets`, per file, until the file changes.
 
@@ -112,7 +118,7 @@ def _read(source: str | Path, split: str) -> list[Dataset]:
 def _read_file(path: Path) -> Dataset:
     if path.suffix == ".parquet":
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-        return _check_table(rows, str(path))
+        return _check_table(rows, str(path), path.resolve().parent)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{str(path)!r} is of a kind that is not read here; convert it to {' or '.join(_SUFFIXES)}.")
     stat = path.stat()
@@ -131,7 +137,7 @@ def _json_rows(path: str, name: str, changed: tuple) -> Iterator[dict[str, Any]]
     for number, line in lines:
         where = f"{name}, {'row' if is_list else 'line'} {number}"
         try:
-            yield _checked(_parse(line, path, is_list), where)
+            yield _checked(_parse(line, path, is_list), where, image_root=Path(path).parent)
         except MalformedRow as error:
             yield _malformed(where, error)
     if not number:
@@ -183,25 +189,28 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _check_table(rows: Dataset, name: str) -> Dataset:
+def _check_table(rows: Dataset, name: str, image_root: Path | None = None) -> Dataset:
     """Checks rows that are in Arrow already."""
     if not len(rows):
         raise ValueError(f"{name} is empty: there is no conversation in it.")
+    rows = with_encoded_images(rows)
 
     return rows.map(
         _check_table_row,
         with_indices=True,
-        fn_kwargs={"name": name, "arrow_nulls": not holds_json(rows), "version": _FORMAT},
+        fn_kwargs={"name": name, "arrow_nulls": not holds_json(rows), "image_root": image_root, "version": _FORMAT},
         features=_FEATURES,
         remove_columns=rows.column_names,
         desc="Checking conversations",
     )
 
 
-def _check_table_row(row: dict, index: int, name: str, arrow_nulls: bool, version: int) -> dict[str, Any]:
+def _check_table_row(
+    row: dict, index: int, name: str, arrow_nulls: bool, image_root: Path | None, version: int
+) -> dict[str, Any]:
     where = f"{name}, row {index + 1}"
     try:
-        return _checked(row, where, arrow_nulls)
+        return _checked(row, where, arrow_nulls, image_root)
     except MalformedRow as error:
         return _malformed(where, error)
 
@@ -212,10 +221,22 @@ def holds_json(rows: Any) -> bool:
     return isinstance(getattr(feature, "feature", feature), Json)
 
 
-def _checked(row: Any, where: str, arrow_nulls: bool = False) -> dict[str, Any]:
-    conversation = check_conversation(row, arrow_nulls)
+def with_encoded_images(rows: Any) -> Any:
+    """Rows whose columns of images give files instead of pixels: nothing is decoded before a batch needs it."""
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            rows = rows.cast_column(name, List(Image(decode=False)))
+    return rows
+
+
+def _checked(row: Any, where: str, arrow_nulls: bool = False, image_root: Path | None = None) -> dict[str, Any]:
+    conversation = check_conversation(row, arrow_nulls, image_root)
     messages, tools = conversation["messages"], conversation["tools"]
     for message in messages:
+        for image in message.get("images", ()):
+            image["width"], image["height"] = image_size(image)
         if "tool_calls" in message:
             message["tool_calls"] = json.dumps(message["tool_calls"], ensure_ascii=False)
     stored = {

@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 from trl import pack_dataset
 
 from .report import warn
-from .tokenize import IGNORE_INDEX, TOKEN_FEATURES
+from .tiles import IMAGE_REFS, image_spans
+from .tokenize import IGNORE_INDEX, token_features
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +34,20 @@ def fit_rows(
     """Deal with rows of more than `max_length` tokens.
 
     Args:
-        dataset: rows of `input_ids` and `labels`.
+        dataset: rows of `input_ids` and `labels`, and perhaps `image_refs`.
         on_long_row: "error", "split" (into rows of at most `max_length`, nothing is lost), "truncate" or "skip". What
-            is done to how many rows is logged, for a streamed data set without the number.
+            is done to how many rows is logged, for a streamed data set without the number. No image is cut.
         keep: "start" or "end", of a truncated row. Rows of which no label is left are left out.
 
     Raises:
-        ValueError: for a long row ("error") or a row without tokens.
+        ValueError: for a long row ("error"), a row without tokens, or an image that is longer than the window.
     """
     if on_long_row not in LONG_ROW_POLICIES:
         raise ValueError(f"on_long_row is {on_long_row!r}; use one of {', '.join(map(repr, LONG_ROW_POLICIES))}.")
     cut = {
         "batched": True,
         "fn_kwargs": {"max_length": max_length, "on_long_row": on_long_row, "keep": keep, "name": name},
-        "features": TOKEN_FEATURES,
+        "features": token_features(dataset),
     }
     if isinstance(dataset, IterableDataset):
         if on_long_row != "error":
@@ -72,28 +73,47 @@ def fit_rows(
 
 
 def _cut(batch: dict[str, list], max_length: int, on_long_row: str, keep: str, name: str) -> dict[str, list]:
-    result: dict[str, list] = {"input_ids": [], "labels": []}
-    for input_ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-        length = len(input_ids)
-        if length <= max_length:
-            pieces = [slice(None)]
-        elif on_long_row == "split":
-            pieces = [slice(start, start + max_length) for start in range(0, length, max_length)]
-        elif on_long_row == "truncate":
-            pieces = [slice(max_length) if keep == "start" else slice(-max_length, None)]
-        elif on_long_row == "skip":
-            continue
-        else:
+    columns = [column for column in ("input_ids", "labels", IMAGE_REFS) if column in batch]
+    result: dict[str, list] = {column: [] for column in columns}
+    for values in zip(*(batch[column] for column in columns), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        length = len(row["input_ids"])
+        is_cut = length > max_length and on_long_row == "truncate"
+        if length > max_length and on_long_row == "error":
             raise ValueError(
                 f"{name}: a row has {length:,} tokens, more than max_length={max_length}. Raise max_length, or set "
                 "on_long_row to 'split', 'truncate' or 'skip'."
             )
-        for piece in pieces:
-            is_cut = length > max_length and on_long_row == "truncate"
-            if not is_cut or any(label != IGNORE_INDEX for label in labels[piece]):
-                result["input_ids"].append(input_ids[piece])
-                result["labels"].append(labels[piece])
+        if length > max_length and on_long_row == "skip":
+            continue
+        for piece in _pieces(length, max_length, on_long_row, keep, image_spans(row.get(IMAGE_REFS)), name):
+            if not is_cut or any(label != IGNORE_INDEX for label in row["labels"][piece]):
+                for column in columns:
+                    result[column].append(row[column][piece])
     return result
+
+
+def _pieces(
+    length: int, max_length: int, on_long_row: str, keep: str, images: list[tuple[int, int]], name: str
+) -> list[slice]:
+    """What of a row stays, in pieces of at most `max_length`; a place within an image gives way to its edge."""
+    if length <= max_length:
+        return [slice(None)]
+    if on_long_row == "truncate" and keep == "end":
+        place = length - max_length
+        return [slice(next((end for start, end in images if start < place < end), place), None)]
+    pieces, begin = [], 0
+    while begin < length:
+        place = min(begin + max_length, length)
+        place = next((start for start, end in images if start < place < end), place)
+        if place <= begin:
+            raise ValueError(
+                f"{name}: a row has an image of more than max_length={max_length} tokens, which cannot be cut. Raise "
+                "max_length, or let images have fewer tiles."
+            )
+        pieces.append(slice(begin, place))
+        begin = place
+    return pieces[:1] if on_long_row == "truncate" else pieces
 
 
 def pack_rows(
@@ -102,19 +122,22 @@ def pack_rows(
     """Pack rows into rows of up to `max_length` tokens with TRL's best-fit-decreasing packing.
 
     Args:
-        dataset: rows of `input_ids` and `labels`, none longer than `max_length`.
+        dataset: rows of `input_ids`, `labels` and perhaps `image_refs`, none longer than `max_length`.
         strategy: "bfd" keeps documents whole and notes their lengths. "wrapped" cuts them anywhere and notes nothing:
             documents then see each other.
 
     Returns:
-        Rows of `input_ids`, `labels` and ("bfd") `seq_lengths`, the lengths of the documents of a row in order.
-        `PackedCollator` keeps them apart.
+        The same columns and ("bfd") `seq_lengths`, the lengths of the documents of a row in order. `PackedCollator`
+        keeps them apart.
     """
+    columns = list(token_features(dataset))
+    if IMAGE_REFS in columns and strategy == "wrapped":
+        raise ValueError(f"{name} has images, and packing_strategy='wrapped' would cut through them: use 'bfd'.")
     options: dict[str, Any] = {"batch_size": 10_000}
     if isinstance(dataset, Dataset):
         num_batches = math.ceil(row_lengths(dataset).sum() / TOKENS_PER_BATCH)
         options = {"batch_size": max(1_000, math.ceil(len(dataset) / num_batches)), "desc": f"Packing {name}"}
-    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), max_length, strategy, options)
+    return pack_dataset(dataset.select_columns(columns), max_length, strategy, options)
 
 
 def row_lengths(dataset: Dataset) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from importlib.resources import files
 from typing import Any
 
 import datasets
@@ -13,9 +14,11 @@ from trl import get_training_chat_template
 
 from .. import __version__
 from .._compat import has_generation_markers, is_chat_template_stop_token_trained
-from .conversation import MalformedRow, check_conversation
-from .load import holds_json
+from .conversation import PRETRAIN, check_conversation
+from .load import holds_json, with_encoded_images
+from .malformed import MalformedRow
 from .report import warn
+from .tiles import IMAGE_REFS, ImageTiler, take_images
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,14 @@ IGNORE_INDEX = -100
 ROWS_PER_SHARD = 50_000
 
 TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+# With images: one value a token, as the others, so that rows are cut and packed alike. 64-bit offsets, because the
+# bytes of images may pass 2 GB in a batch of rows.
+VISION_FEATURES = Features({**TOKEN_FEATURES, IMAGE_REFS: List(Value("large_string"))})
+
+
+def token_features(dataset: Dataset | IterableDataset) -> Features:
+    """The features of token rows, with images or without."""
+    return VISION_FEATURES if IMAGE_REFS in (dataset.column_names or ()) else TOKEN_FEATURES
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -36,13 +47,22 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def internvl_template(name: str = "internvl") -> str:
+    """The chat template of InternVL's checkpoints in transformers' layout, or "internvl_training", which marks what the
+    assistant says."""
+    return (files(__package__) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
 def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that marks the assistant's tokens: TRL's training variant, or None if the tokenizer's own does.
+    """The template that marks the assistant's tokens: a training variant of a template that is known here or to TRL, or
+    None if the tokenizer's own does.
 
     Raises:
         ValueError: for a tokenizer without template, or one whose template has no marks and no known variant.
     """
     require_chat_template(tokenizer)
+    if tokenizer.chat_template == internvl_template():
+        return internvl_template("internvl_training")
     template = None
     if not has_generation_markers(tokenizer.chat_template):
         try:
@@ -72,6 +92,7 @@ def tokenize_conversations(
     *,
     assistant_only_loss: bool,
     chat_template: str | None = None,
+    tiler: ImageTiler | None = None,
     num_proc: int | None = None,
     name: str = "dataset",
 ) -> Dataset | IterableDataset:
@@ -79,6 +100,10 @@ def tokenize_conversations(
 
     The ids are those of `tokenizer.apply_chat_template` for the whole conversation. Labels are the ids where the
     template marks the assistant (`assistant_only_loss`), but for the turns flagged `loss: false`, and -100 elsewhere.
+    A row of one message of role "pretrain" is a text: no template, and every token is learned.
+
+    With a `tiler`, rows may have images (image_parts.py); their tokens stand in the ids, none of them is learned, and
+    `image_refs`, one value a token, has what `ImageTiler.cut` takes where an image begins, and None elsewhere.
 
     Conversations with nothing to learn from (no assistant turn, or all flagged off) are left out, and counted in a
     warning.
@@ -94,6 +119,7 @@ def tokenize_conversations(
             "chat_template": chat_template,
             "assistant_only_loss": assistant_only_loss,
             "arrow_nulls": not holds_json(dataset),
+            "tiler": tiler,
         },
         num_proc,
         name,
@@ -105,24 +131,29 @@ def tokenize_texts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     text_column: str = "text",
+    tiler: ImageTiler | None = None,
     num_proc: int | None = None,
     name: str = "dataset",
 ) -> Dataset | IterableDataset:
     """Rows of text to `input_ids`, with the end-of-text token behind, and `labels` on all of them.
 
-    Empty texts are left out, and counted in a warning.
+    Empty texts are left out, and counted in a warning. With a `tiler`, rows may have `images` (or `image`), and their
+    text `<image>` where each stands; see `tokenize_conversations`.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token to put behind each text: set "
             "tokenizer.eos_token."
         )
-    return _map(dataset, _tokenize_texts, {"tokenizer": tokenizer, "text_column": text_column}, num_proc, name)
+    arguments = {"tokenizer": tokenizer, "text_column": text_column, "tiler": tiler}
+    return _map(dataset, _tokenize_texts, arguments, num_proc, name)
 
 
 def _map(dataset: Any, function: Any, arguments: dict[str, Any], num_proc: int | None, name: str) -> Any:
     """`dataset.map` in shards, so that a part of the work is kept when a run is stopped."""
-    keywords = {"batched": True, "with_indices": True, "features": TOKEN_FEATURES}
+    features = TOKEN_FEATURES if arguments["tiler"] is None else VISION_FEATURES
+    keywords = {"batched": True, "with_indices": True, "features": features}
+    dataset = with_encoded_images(dataset)
     # The version belongs to the cache's key: another one may tokenise otherwise.
     arguments = arguments | {"name": name, "version": __version__}
     if isinstance(dataset, IterableDataset):
@@ -160,21 +191,26 @@ def _tokenize_conversations(
     chat_template: str | None,
     assistant_only_loss: bool,
     arrow_nulls: bool,
+    tiler: ImageTiler | None,
     name: str,
     first: int,
     version: str,
 ) -> dict[str, list]:
-    result: dict[str, list] = {"input_ids": [], "labels": []}
+    result: dict[str, list] = {column: [] for column in (TOKEN_FEATURES if tiler is None else VISION_FEATURES)}
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        row = dict(zip(batch, values, strict=True))
+        row, where = dict(zip(batch, values, strict=True)), f"{name}[{first + index}]"
         try:
             conversation = check_conversation(row, arrow_nulls)
+            images, conversation = take_images(conversation, tiler)
             input_ids, labels = tokenize_conversation(conversation, tokenizer, chat_template, assistant_only_loss)
+            columns: tuple = (input_ids, labels)
+            if tiler is not None:
+                columns = tiler.expand(input_ids, labels, tiler.references(images, where), IGNORE_INDEX)
         except MalformedRow as error:
-            raise ValueError(f"{name}[{first + index}]: {error}") from None
-        if any(label != IGNORE_INDEX for label in labels):
-            result["input_ids"].append(input_ids)
-            result["labels"].append(labels)
+            raise ValueError(f"{where}: {error}") from None
+        if any(label != IGNORE_INDEX for label in columns[1]):
+            for column, values in zip(result, columns, strict=True):
+                result[column].append(values)
     return result
 
 
@@ -186,6 +222,9 @@ def tokenize_conversation(
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of one conversation, as `check_conversation` returns it."""
     messages = [dict(message) for message in conversation["messages"]]
+    if messages[0]["role"] == PRETRAIN:
+        input_ids = _ended(tokenizer([messages[0]["content"]])["input_ids"][0], tokenizer)
+        return input_ids, list(input_ids)
     flags = [message.pop("loss", None) for message in messages]
     turns = [flag is not False for message, flag in zip(messages, flags, strict=True) if message["role"] == "assistant"]
     encoded: Any = tokenizer.apply_chat_template(
@@ -243,6 +282,7 @@ def _tokenize_texts(
     indices: list[int],
     tokenizer: PreTrainedTokenizerBase,
     text_column: str,
+    tiler: ImageTiler | None,
     name: str,
     first: int,
     version: str,
@@ -251,7 +291,21 @@ def _tokenize_texts(
     for index, text in zip(indices, texts, strict=True):
         if not isinstance(text, str):
             raise ValueError(f"{name}[{first + index}]: {text_column!r} is {type(text).__name__}, not text.")
+    if tiler is not None:
+        # A text with images is a conversation without turns.
+        columns: dict[str, list] = {"messages": [[{"role": PRETRAIN, "content": text}] for text in texts]}
+        for key in ("images", "image", "width", "height"):
+            if key in batch:
+                columns[key] = batch[key]
+        keep = [number for number, text in enumerate(texts) if text]
+        rows = {key: [values[number] for number in keep] for key, values in columns.items()}
+        indices = [indices[number] for number in keep]
+        return _tokenize_conversations(rows, indices, tokenizer, None, False, True, tiler, name, first, version)
     ids = tokenizer([text for text in texts if text])["input_ids"] if any(texts) else []
-    eos = tokenizer.eos_token_id
-    ids = [tokens if tokens[-1:] == [eos] else [*tokens, eos] for tokens in ids]
+    ids = [_ended(tokens, tokenizer) for tokens in ids]
     return {"input_ids": ids, "labels": ids}
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos = tokenizer.eos_token_id
+    return ids if ids[-1:] == [eos] else [*ids, eos]

@@ -12,7 +12,7 @@ from .logprobs import IGNORE_INDEX, chunked_log_probs
 __all__ = ["IGNORE_INDEX", "chunked_cross_entropy"]
 
 
-def chunked_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T) -> torch.Tensor:
+def chunked_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T, weights_T=None) -> torch.Tensor:
     """Sum over labelled tokens of -log p(label), scalar fp32.
 
     Args:
@@ -20,5 +20,7 @@ def chunked_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T) -> torch.Tenso
         weight_VH: [V, H] of the head.
         bias_V: [V] or None.
         labels_T: [T] int64, -100 where a token has no label. Those rows cost nothing.
+        weights_T: [T], how much each label counts; 1 by default.
     """
-    return -chunked_log_probs(hidden_TH, weight_VH, bias_V, labels_T).log_probs_T.sum()
+    log_probs_T = chunked_log_probs(hidden_TH, weight_VH, bias_V, labels_T).log_probs_T
+    return -(log_probs_T if weights_T is None else log_probs_T * weights_T).sum()

@@ -14,8 +14,11 @@ import torch
 
 from .._compat import ChunkedLogProbFunction
 from ..device import logits_tile_width
+from ..host_reads import host_reads
 
 IGNORE_INDEX = -100
+# What TRL's fused head returns for each token.
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
 class TokenLogProbs(NamedTuple):
@@ -46,22 +49,24 @@ def chunked_log_probs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; logits are divided by it, so it must be positive.")
-    has_target_T = targets_T != IGNORE_INDEX
-    # Boolean indexing reads the number of targets back to the host: one sync a micro-batch, and the matrix products
-    # shrink to the tokens that have one, often half of a conversation.
+    # The number of targets is read back to the host: one sync a micro-batch, and the matrix products shrink to the
+    # tokens that have one, often half of a conversation.
+    row_N = host_reads().true_rows(targets_T != IGNORE_INDEX)
     log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-        hidden_TH[has_target_T],
+        hidden_TH[row_N],
         weight_VH,
         bias_V,
-        targets_T[has_target_T],
+        targets_T[row_N],
         temperature,
         logits_tile_width(hidden_TH.device),
         None,
         1.0,
         ("entropy",) if with_entropy else (),
     )
-    return TokenLogProbs(_spread(log_probs, has_target_T), _spread(entropy, has_target_T) if with_entropy else None)
+    num_tokens = targets_T.shape[0]
+    spread_entropy_T = _spread(entropy, row_N, num_tokens) if with_entropy else None
+    return TokenLogProbs(_spread(log_probs, row_N, num_tokens), spread_entropy_T)
 
 
-def _spread(values: torch.Tensor, has_target_T: torch.Tensor) -> torch.Tensor:
-    return values.new_zeros(has_target_T.shape).masked_scatter(has_target_T, values)
+def _spread(values_N: torch.Tensor, row_N: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    return values_N.new_zeros(num_tokens).scatter(0, row_N, values_N)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,12 @@ class HubModelMixin(_Base):
     source_folder: Path | None = None
     export_dtype: torch.dtype | None = None
 
+    # Python files that a checkpoint needs to be read without this package, for `trust_remote_code`.
+    remote_code: ClassVar[tuple[Path, ...]] = ()
+    # Whether saving copies tensors that loading found no place for, and their names.
+    keeps_unknown_tensors: ClassVar[bool] = False
+    unknown_tensors: tuple[str, ...] = ()
+
     # Whether the family has multi-token prediction layers (mtp.py).
     supports_mtp = False
 
@@ -108,6 +114,8 @@ class HubModelMixin(_Base):
             record_source(model, pretrained_model_name_or_path, source_folder)
         source = Path(pretrained_model_name_or_path)
         model.loaded_from = str(source.absolute() if source.exists() else pretrained_model_name_or_path)
+        if cls.keeps_unknown_tensors:
+            model.unknown_tensors = tuple(sorted(info["unexpected_keys"]))
         return (model, info) if output_loading_info else model
 
     @classmethod

@@ -18,16 +18,23 @@ from ..moe.tokens import shift_left
 class LMHead(nn.Linear):
     """A linear head that can also score labels. Both go through `forward`, where FSDP gathers the weight."""
 
-    def forward(self, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_BSH: torch.Tensor,
+        labels_BS: torch.Tensor | None = None,
+        weights_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits [B, S, V]; with labels, the sum of the cross entropy over them (scalar fp32).
 
         Args:
             labels_BS: the label of each position itself (already shifted), -100 where there is none.
+            weights_BS: how much each label counts; 1 by default.
         """
         if labels_BS is None:
             return super().forward(hidden_BSH)
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-        return chunked_cross_entropy(hidden_TH, self.weight, self.bias, labels_BS.reshape(-1))
+        weights_T = None if weights_BS is None else weights_BS.reshape(-1)
+        return chunked_cross_entropy(hidden_TH, self.weight, self.bias, labels_BS.reshape(-1), weights_T)
 
 
 class ChunkedLossMixin:
@@ -42,6 +49,7 @@ class ChunkedLossMixin:
         labels: torch.LongTensor | None = None,
         chunked_loss: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        loss_weights: torch.Tensor | None = None,
         **kwargs,
     ):
         """What the parent takes and returns, and:
@@ -49,26 +57,38 @@ class ChunkedLossMixin:
         Args:
             chunked_loss: with `labels`, compute the loss tile by tile and return no logits.
             num_items_in_batch: what the summed loss is divided by; the number of labels here by default.
+            loss_weights: [B, S], how much each label counts; 1 by default. (transformers' trainer takes every argument
+                with "label" in its name for one that its batches must have.)
+
+        Raises:
+            ValueError: for weights without `chunked_loss`.
         """
         if not chunked_loss or labels is None:
+            if loss_weights is not None:
+                raise ValueError("loss_weights need chunked_loss=True and labels: the loss over full logits has none.")
             if labels is not None:
                 kwargs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return super().forward(input_ids=input_ids, **kwargs)
         kwargs.pop("logits_to_keep", None)
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
-        return self.chunked_output(self.model(input_ids=input_ids, **kwargs), labels, num_items_in_batch, kwargs)
+        trunk_outputs = self.model(input_ids=input_ids, **kwargs)
+        return self.chunked_output(trunk_outputs, labels, num_items_in_batch, {**kwargs, "loss_weights": loss_weights})
 
     def chunked_output(
         self, trunk_outputs: Any, labels_BS: torch.Tensor, num_items: torch.Tensor | int, inputs: dict[str, Any]
     ) -> CausalLMOutputWithPast:
-        """The loss from the trunk's outputs; `inputs` is what the trunk was called with.
+        """The loss from the trunk's outputs; `inputs` is what the trunk was called with, and `loss_weights`.
 
-        With a `sequence` among the inputs, the labels are those of the whole rows and the loss is this rank's share.
+        With a `sequence` among the inputs, labels and weights are those of the whole rows and the loss is this rank's
+        share.
         """
         next_labels_BS = shift_left(labels_BS, 1, IGNORE_INDEX)
         sequence = inputs.get("sequence")
+        weights_BS = inputs["loss_weights"]
+        next_weights_BS = None if weights_BS is None else shift_left(weights_BS, 1)
         if sequence is not None:
             next_labels_BS = sequence.take(next_labels_BS)
-        total = self.lm_head(trunk_outputs.last_hidden_state, next_labels_BS)
+            next_weights_BS = None if next_weights_BS is None else sequence.take(next_weights_BS)
+        total = self.lm_head(trunk_outputs.last_hidden_state, next_labels_BS, next_weights_BS)
         return CausalLMOutputWithPast(loss=total / num_items)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._compat import revert_weight_conversion
-from .auto import AutoModelForCausalLM
+from .auto import model_class
 
 
 class HubTensor(NamedTuple):
@@ -33,7 +33,7 @@ class HubTensor(NamedTuple):
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> PreTrainedModel:
     """Our model of this configuration on the meta device; further arguments as for `from_config`."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+        return model_class(config)._from_config(config, dtype=dtype, **kwargs)
 
 
 def hub_manifest(model: PreTrainedModel) -> dict[str, HubTensor]:

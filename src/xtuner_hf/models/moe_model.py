@@ -145,3 +145,8 @@ class MoECausalLMMixin(ChunkedLossMixin, _Base):
         self.num_experts = config.num_local_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
+
+    @classmethod
+    def balance_defaults_of(cls, config: Any) -> BalanceDefaults:
+        """`balance_defaults` of a model of this configuration, wherever its trunk stands."""
+        return cls.balance_defaults

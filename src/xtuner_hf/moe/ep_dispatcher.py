@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .._compat import EPImplementation, EPImplementationInterface
+from ..host_reads import ExpertTraffic, Pending, host_reads
 
 IMPLEMENTATION_NAME = "xtuner_once_per_rank"
 
@@ -33,7 +34,7 @@ class Routes(NamedTuple):
 
     pairs_TP: torch.Tensor  # int64, how many of the token's experts live on the rank
     slots_TK: torch.Tensor  # int64, the token's K slots in the order of their ranks
-    counts: HostCopy  # [2, P, J] int64: rows sent to and received from each rank that have more than j experts there
+    counts: Pending  # [2, P, J]: rows sent to and received from each rank that have more than j experts there
 
 
 class OncePerRankEP(EPImplementation):
@@ -69,7 +70,7 @@ class OncePerRankEP(EPImplementation):
         routes = self._started or self._route(top_k_index)
         self._started = None
         num_tokens = hidden_states.shape[0]
-        sent_PJ, received_PJ = routes.counts.wait().tolist()
+        sent_PJ, received_PJ = routes.counts.wait()
         send_sizes, receive_sizes = [row[0] for row in sent_PJ], [row[0] for row in received_PJ]
 
         token_S, ids_SJ, weights_SJ = self._fill_rows(routes, sum(send_sizes), top_k_index, top_k_weights)
@@ -92,7 +93,9 @@ class OncePerRankEP(EPImplementation):
         sent_PJ = (pairs_TP[:, :, None] > column_J).sum(0)
         received_PJ = torch.empty_like(sent_PJ)
         dist.all_to_all_single(received_PJ, sent_PJ, group=self.group)
-        counts = HostCopy(torch.stack([sent_PJ, received_PJ]))
+        num_tokens, top_k = topk_ids_TK.shape
+        traffic = ExpertTraffic(num_tokens, top_k, self.num_ranks, self.num_experts_here, column_J.numel())
+        counts = host_reads().start_counts(torch.stack([sent_PJ, received_PJ]), traffic)
         return Routes(pairs_TP, rank_TK.argsort(dim=1, stable=True), counts)
 
     def _max_pairs(self, topk_ids_TK: torch.Tensor) -> int:
@@ -132,22 +135,6 @@ class OncePerRankEP(EPImplementation):
             ids_M1 = ids_RJ[row_M, column_M].long()[:, None]
         y_MH = self.experts_forward(x_MH, ids_M1, weights_M1)[:num_pairs]
         return _SumRows.apply(y_MH, row_M, pair_sizes, num_rows)
-
-
-class HostCopy:
-    """A tensor on its way to the host: the copy is queued now, `wait` blocks until it has arrived."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self._copy = tensor.to("cpu", non_blocking=True)  # into pinned memory, from a device
-        self._event = None
-        if tensor.device.type != "cpu":
-            self._event = torch.Event(tensor.device.type)
-            self._event.record()
-
-    def wait(self) -> torch.Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._copy
 
 
 def true_positions(mask_N: torch.Tensor, count: int) -> torch.Tensor:

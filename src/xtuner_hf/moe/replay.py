@@ -14,8 +14,8 @@ Legend: B rows, S positions, T = B*S tokens, L MoE layers, E experts, K experts 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -138,6 +138,36 @@ class RouteReplay:
         missing = len(self._routers.layers) - len(self._used)
         if missing:
             raise RuntimeError(f"{missing} of {len(self._routers.layers)} routers did not replay their routes.")
+
+
+class RearrangedRoutes:
+    """The routes of a batch, for a forward that has its tokens in another order, or some of them.
+
+    Args:
+        routes: a `RouteRecorder`, a `RouteReplay` or another of these. What it records of tokens that this forward does
+            not have is `NATIVE`.
+        put: [t, K] of the forward's tokens -> [T, K] of the batch's.
+        take: the way back; `NATIVE` for tokens that are not the batch's.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        put: Callable[[torch.Tensor], torch.Tensor],
+        take: Callable[[torch.Tensor], torch.Tensor],
+    ):
+        self._routes, self._put, self._take = routes, put, take
+
+    def choose(self, router: nn.Module, native_TK: torch.Tensor) -> torch.Tensor:
+        given_TK = self._take(self._routes.choose(router, self._put(native_TK)))
+        return torch.where(given_TK == NATIVE, native_TK, given_TK)
+
+
+class Routes(Protocol):
+    """What a forward is handed as `routes=`."""
+
+    def choose(self, router: nn.Module, native_TK: torch.Tensor) -> torch.Tensor:
+        """The ids of this router's layer [T, K] in place of those that it would choose."""
 
 
 class RecordingModel:

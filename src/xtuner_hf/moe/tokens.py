@@ -14,7 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from ..attention.ulysses import SequenceShard
-    from .replay import RouteRecorder, RouteReplay
+    from .replay import Routes
 
 
 @dataclass
@@ -41,7 +41,7 @@ class TokenLayout:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
-    routes: RouteRecorder | RouteReplay | None = None
+    routes: Routes | None = None
     sequence: SequenceShard | None = None
 
     @classmethod

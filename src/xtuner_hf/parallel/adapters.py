@@ -36,6 +36,14 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if is_adapted(model) else model
 
 
+def is_reference(model: nn.Module) -> bool:
+    """Whether an adapted model is at present its own reference: its adapters are off, or TRL's copy "ref" is on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return layer is not None and (layer.disable_adapters or layer.active_adapters == ["ref"])
+
+
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, what adapters stand around has its own place and name: plans and conversions find it."""

@@ -23,12 +23,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..attention.documents import Documents
 from ..attention.ulysses import SequenceRanks, SequenceShard
-from ..memory.chunked_loss import IGNORE_INDEX
+from ..memory.logprobs import IGNORE_INDEX, PER_TOKEN
+from ..moe.replay import NATIVE, RearrangedRoutes
 from ..moe.tokens import TokenLayout, shift_left
 from .layout import ParallelLayout
 
-# What TRL's fused head returns for each token.
-PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 # Boundaries of documents in other words, which padding would make wrong.
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -70,7 +69,10 @@ class SequenceParallelModel:
         num_items = inputs.get("num_items_in_batch")
         if num_items is None:
             num_items = (labels_BL[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
-        labels_BL = F.pad(labels_BL, (0, shard.real_BL.shape[1] - length), value=IGNORE_INDEX)
+        padding = (0, shard.real_BL.shape[1] - length)
+        labels_BL = F.pad(labels_BL, padding, value=IGNORE_INDEX)
+        if inputs.get("loss_weights") is not None:
+            inputs["loss_weights"] = F.pad(inputs["loss_weights"], padding)
         inputs["num_items_in_batch"] = num_items
         if inputs.get("fused_lm_head"):
             further = inputs.get("further")
@@ -101,10 +103,9 @@ def split(inputs: dict[str, Any], ranks: SequenceRanks) -> tuple[SequenceShard, 
     Args:
         inputs: `input_ids` [B, L] and perhaps `attention_mask`, `position_ids` or `token_mask`; others are passed on.
     """
-    if inputs.get("input_ids") is None or inputs.get("routes") is not None:
-        found = "routes of a router replay" if inputs.get("routes") is not None else "no input_ids"
+    if inputs.get("input_ids") is None:
         raise ValueError(
-            f"sp_size above 1 shares token ids between ranks, and this forward has {found}; set sp_size to 1."
+            "sp_size above 1 shares token ids between ranks, and this forward has no input_ids; set sp_size to 1."
         )
     input_ids = inputs["input_ids"]
     num_rows, length = input_ids.shape
@@ -125,12 +126,30 @@ def split(inputs: dict[str, Any], ranks: SequenceRanks) -> tuple[SequenceShard, 
     documents = Documents.of_batch(num_rows, length + padding, input_ids.device, **boundaries)
     shard = SequenceShard(ranks, F.pad(input_ids, (0, padding)), real_BL, documents)
     others = {name: value for name, value in inputs.items() if name not in (*masks, *_BOUNDARIES)}
+    if others.get("routes") is not None:
+        others["routes"] = _share_of_routes(others["routes"], shard, length)
     return shard, others | {
         "input_ids": shard.take(shard.input_ids),
         "position_ids": shard.take(position_ids),
         "token_mask": shard.take(real_BL),
         "sequence": shard,
     }
+
+
+def _share_of_routes(routes: Any, shard: SequenceShard, length: int) -> RearrangedRoutes:
+    """Routes by position of whole rows [B, L], for a forward of this rank's share."""
+    num_rows, padded_length = shard.input_ids.shape
+
+    def put(ids_TK: torch.Tensor) -> torch.Tensor:
+        whole_BLK = ids_TK.new_full((num_rows, padded_length, ids_TK.shape[1]), NATIVE)
+        shard.take_view(whole_BLK).copy_(ids_TK.unflatten(0, (num_rows, -1)))
+        return whole_BLK[:, :length].flatten(0, 1)
+
+    def take(ids_NK: torch.Tensor) -> torch.Tensor:
+        whole_BLK = F.pad(ids_NK.unflatten(0, (num_rows, -1)), (0, 0, 0, padded_length - length), value=NATIVE)
+        return shard.take(whole_BLK).flatten(0, 1)
+
+    return RearrangedRoutes(routes, put, take)
 
 
 class _Gather(torch.autograd.Function):

@@ -15,12 +15,14 @@ from ..memory.recompute import RECOMPUTE_POLICIES
 from ..moe.ep_dispatcher import IMPLEMENTATION_NAME
 from ..moe.experts import EXPERTS_PATHS
 from ..parallel.layout import ParallelLayout
+from .loss_weighting import LOSS_WEIGHTINGS
+from .vision_arguments import VisionArguments
 
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
-class MoEArguments:
+class MoEArguments(VisionArguments):
     """Arguments of MoE training. Each also exists as a command-line flag of the same name."""
 
     # Whether the trainer's loss is one of text, to which further tokens can be added.
@@ -207,6 +209,14 @@ class MoEArguments:
         },
     )
 
+    loss_weighting: str = field(
+        default="token",
+        metadata={
+            "help": "How labels count in the loss of text. 'token': all the same, so that long answers count most; "
+            "'sqrt': each by 1 / sqrt(labels of its document), as InternVL trains, so that an answer of 400 tokens "
+            "counts twice, not four times, what one of 100 does."
+        },
+    )
     freeze_router: bool = field(
         default=False,
         metadata={"help": "Do not train the routers; experts and everything else still are."},
@@ -215,6 +225,13 @@ class MoEArguments:
     def __post_init__(self):
         if self.export_dtype not in EXPORT_DTYPES:
             raise ValueError(f"export_dtype is {self.export_dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}.")
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            raise ValueError(f"loss_weighting is {self.loss_weighting!r}; choose one of {', '.join(LOSS_WEIGHTINGS)}.")
+        if self.loss_weighting != "token" and not self.trains_mtp:
+            raise ValueError(
+                f"loss_weighting is {self.loss_weighting!r}, but {type(self).__name__} trains on whole answers, whose "
+                "loss is not one of labels: leave it out."
+            )
         if self.uneven_batches not in ("error", "drain"):
             raise ValueError(f"uneven_batches is {self.uneven_batches!r}; choose 'error' or 'drain'.")
         if self.max_skipped_steps < 1:
@@ -241,9 +258,7 @@ class MoEArguments:
         if self.ep_implementation not in EPImplementationInterface():
             known = ", ".join(sorted({"auto", "ours", *EPImplementationInterface()}))
             raise ValueError(f"expert_dispatch is {self.expert_dispatch!r}; it must be one of {known}.")
-        parent = getattr(super(), "__post_init__", None)
-        if parent is not None:
-            parent()
+        super().__post_init__()
         self._check_recompute()
 
         if self.fp8 and self.experts_kernel not in ("auto", "fp8"):
@@ -320,5 +335,19 @@ class MoESFTConfig(MoEArguments, SFTConfig):
             "help": "What to do with rows of more than max_length tokens: 'error'; 'truncate' as TRL does in silence "
             "(at truncation_mode's end, here with a count); 'split' into several rows, as packing_strategy='bfd_split' "
             "does; 'skip'. packing_strategy='wrapped' cuts rows anywhere in any case."
+        },
+    )
+    max_row_tiles: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tiles of all images of a conversation together: each of n images gets max_row_tiles // n at most, "
+            "and one in any case. None: as many for each as the processor allows."
+        },
+    )
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "What to do when an image cannot be read in training: 'error', with its row; 'skip' trains on "
+            "without the conversation that shows it, and counts it in a warning."
         },
     )

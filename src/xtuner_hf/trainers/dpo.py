@@ -14,13 +14,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from trl import DPOTrainer
 
+from .._compat import DataCollatorForVisionPreference
+from ..data.preference import VisionPreferenceCollator
 from .preference_config import MoEDPOConfig
-from .trl import ByKeyword, TRLTrainerMixin, given_or_own_reference, named_arguments
+from .trl import ByKeyword, UnpaddedMixin, given_or_own_reference, named_arguments
 
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
-class MoEDPOTrainer(TRLTrainerMixin, ByKeyword, DPOTrainer):
+class MoEDPOTrainer(UnpaddedMixin, ByKeyword, DPOTrainer):
     """`trl.DPOTrainer` for the models of this package, dense or MoE.
 
     Takes what `DPOTrainer` takes, with `MoEDPOConfig`. The loss is the mean over the pairs of the optimizer step for
@@ -38,6 +40,8 @@ class MoEDPOTrainer(TRLTrainerMixin, ByKeyword, DPOTrainer):
         if isinstance(args, MoEDPOConfig):
             arguments["ref_model"] = given_or_own_reference(model, args, arguments)
         super().__init__(model, args, **arguments)
+        if type(self.data_collator) is DataCollatorForVisionPreference:  # TRL's choice
+            self.data_collator = VisionPreferenceCollator(**vars(self.data_collator))
         weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
         self._own_losses = [(name, weight) for name, weight in weighted if name in self.own_losses]
         for own in self._own_losses:

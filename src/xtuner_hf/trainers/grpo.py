@@ -23,12 +23,15 @@ from torch import nn
 from trl import GRPOTrainer, SyncRefModelCallback
 
 from .._compat import add_fused_lm_head, disable_dropout_in_model
+from ..data.preference import with_image_list
+from ..data.process_once import images_processed_once
 from ..moe.replay import RecordingModel, ReplayingModel, RouteReplay, RouterMap, align_routes
+from ..parallel.adapters import is_reference
 from ..rl.dynamic_sampling import Rollouts
 from ..rl.mismatch import log_ratios, mismatch_metrics
 from ..rl.rewards import with_deadline
 from .grpo_config import MoEGRPOConfig
-from .trl import ByKeyword, TRLTrainerMixin, has_adapters, named_arguments, reference_model
+from .trl import ByKeyword, UnpaddedMixin, has_adapters, named_arguments, reference_model
 
 # What TRL's log-probabilities take of rollouts with images.
 _IMAGE_KEYS = (
@@ -37,7 +40,7 @@ _IMAGE_KEYS = (
 )
 
 
-class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
+class MoEGRPOTrainer(UnpaddedMixin, ByKeyword, GRPOTrainer):
     """`trl.GRPOTrainer` for the models of this package, dense or MoE.
 
     Takes what `GRPOTrainer` takes, with `MoEGRPOConfig`. With `beta` above 0 and without adapters, the reference is a
@@ -123,8 +126,9 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if "routed_experts" in inputs:
             model = ReplayingModel(model, self._routers, inputs["routed_experts"])
-        # TRL's loss is made to be averaged over all ranks, of which only 1 / sp_size have a batch of their own.
-        return super()._compute_loss(model, inputs) * self.args.sp_size
+        loss = super()._compute_loss(model, inputs)
+        # TRL's gradient is made to be averaged over all ranks, of which only 1 / sp_size have a batch of their own.
+        return loss * self.args.sp_size if self.model.training else loss
 
     # ---- rollouts ----
 
@@ -135,7 +139,8 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
         """TRL's rollouts, and `routed_experts` [B, S, L, K] int16 under router replay."""
         self._is_scoring, self._routes_BSLK = True, None
         try:
-            rollouts = super()._generate_and_score_completions(inputs)
+            with images_processed_once(self.processing_class):
+                rollouts = super()._generate_and_score_completions([with_image_list(row) for row in inputs])
         finally:
             self._is_scoring = False
         prompt_width = rollouts["prompt_ids"].shape[1]
@@ -146,7 +151,10 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
 
     def _generate(self, prompts: list):
         generated = self.from_first_rank(super()._generate(prompts))
-        prompt_ids, completion_ids, _, _, _, extra_fields, *_ = generated
+        prompt_ids, completion_ids, _, _, _, extra_fields, images, *_ = generated
+        # TRL has None for a prompt without images among others that have some, and no processor takes that.
+        for index, of_prompt in enumerate(images or []):
+            images[index] = of_prompt or []
         self._lengths = [(len(p), len(c)) for p, c in zip(prompt_ids, completion_ids, strict=True)]
         # Taken out: reward functions would get them as an argument.
         self._rollout_routes = extra_fields.pop("routed_experts", None)
@@ -165,14 +173,17 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         parent = super()._get_per_token_logps_and_entropies
-        if not (self._is_scoring and self.args.router_replay and model is self.model):
-            return parent(self.shared(model), input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        replays = self._is_scoring and self.args.router_replay and model is self.model and not is_reference(model)
+        if isinstance(model, nn.Module):  # TRL's own calls; ours wrap it themselves
+            model = self.shared(model)
+        if not replays:
+            return parent(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         width = input_ids.shape[1]
         routes = self._known_routes(width - logits_to_keep, width)
-        if routes is None:  # R2: this first forward, of the old log-probabilities, decides
+        if routes is None:  # R2: this forward, of the old log-probabilities, decides
             recording = RecordingModel(model, self._routers)
             result = parent(recording, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-            self._routes_BSLK = recording.ids_BSLK
+            self._routes_BSLK = self.of_whole_rows(recording.ids_BSLK)
             return result
         replaying = ReplayingModel(model, self._routers, routes)
         return parent(replaying, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
@@ -204,7 +215,7 @@ class MoEGRPOTrainer(TRLTrainerMixin, ByKeyword, GRPOTrainer):
     def _current_logps(self, rollouts: Rollouts) -> torch.Tensor:
         """[B, C] under the weights that sampled, which are this trainer's still."""
         inputs = self._model_inputs(rollouts)
-        model = self.model
+        model = self.shared(self.model)
         if "routed_experts" in rollouts:
             model = ReplayingModel(model, self._routers, rollouts["routed_experts"])
         logps, _, _ = self._get_per_token_logps_and_entropies(

@@ -9,7 +9,7 @@ import torch
 from trl import KTOConfig, KTOTrainer
 
 from .arguments import MoEArguments
-from .trl import ByKeyword, TRLTrainerMixin, given_or_own_reference, named_arguments
+from .trl import ByKeyword, UnpaddedMixin, given_or_own_reference, named_arguments
 
 _NOT_FOR_THE_MODEL = ("completion_mask", "label", "ref_logps", "ref_KL_logps")
 
@@ -23,16 +23,8 @@ class MoEKTOConfig(MoEArguments, KTOConfig):
 
     trains_mtp: ClassVar[bool] = False
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sp_size > 1:
-            raise ValueError(
-                f"sp_size is {self.sp_size}, and KTO averages its loss over ranks as if each had a batch of its own: "
-                "set it to 1."
-            )
 
-
-class MoEKTOTrainer(TRLTrainerMixin, ByKeyword, KTOTrainer):
+class MoEKTOTrainer(UnpaddedMixin, ByKeyword, KTOTrainer):
     """`trl.KTOTrainer` for the models of this package, dense or MoE.
 
     Takes what `KTOTrainer` takes, with `MoEKTOConfig`. The loss is TRL's: its KL is estimated from the mismatched
@@ -53,11 +45,12 @@ class MoEKTOTrainer(TRLTrainerMixin, ByKeyword, KTOTrainer):
         return {key: value for key, value in batch.items() if is_input[key]}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model = self.shared(model)
         # Before the routers count.
         self._policy_kl_logps = super()._compute_kl_logps(model, inputs)
         if "ref_logps" not in inputs:
             reference = self.model if self.ref_model is None else self.ref_model
-            logps, kl_logps = self.compute_ref_log_probs(reference, inputs)
+            logps, kl_logps = self.compute_ref_log_probs(self.shared(reference), inputs)
             inputs = {**inputs, "ref_logps": logps} | ({} if kl_logps is None else {"ref_KL_logps": kl_logps})
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -67,6 +60,10 @@ class MoEKTOTrainer(TRLTrainerMixin, ByKeyword, KTOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            return super()._compute_loss(model, inputs, return_outputs)
+            result = super()._compute_loss(model, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
+        loss, *outputs = result if return_outputs else (result,)
+        if self.model.training:
+            loss = loss * self.args.sp_size  # a mean over all ranks, of which one in `sp_size` has a batch of its own
+        return (loss, *outputs) if return_outputs else loss

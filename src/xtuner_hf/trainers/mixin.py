@@ -25,17 +25,19 @@ from .arguments import MoEArguments
 from .checkpointing import CheckpointingMixin
 from .figure import FIGURE_FILE, draw_training
 from .history import HISTORY_FILE, HistoryCallback
+from .loss_weighting import LossWeightingMixin
 from .progress import ProgressLineCallback
 from .sequence import SequenceParallelMixin
 from .setup import check_dataset, check_output_dir, place_adapters, prepare_model
 from .sharding import ShardingMixin
 from .stability import StabilityMixin
 from .throughput import ThroughputMeter
+from .vision import freeze_parts, set_learning_rates
 
 logger = logging.getLogger(__name__)
 
 
-class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin, ShardingMixin):
+class MoETrainerMixin(LossWeightingMixin, StabilityMixin, CheckpointingMixin, SequenceParallelMixin, ShardingMixin):
     """Stands in front of a `Trainer` class in the bases of a trainer.
 
     One optimizer step:
@@ -62,6 +64,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
         training_args: Any = args  # one of the two classes that join ours with transformers' or TRL's
         super().__init__(prepare_model(model, args), training_args, *positional, **keywords)
         place_adapters(self.model, args)
+        freeze_parts(self.model, args)
         if args.freeze_router:
             freeze_routers(self.model)
         self._batches: list[dict] = []
@@ -75,7 +78,9 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
 
     def _attach_balance(self) -> LoadBalancer:
         args, config = self.args, self.model.config.get_text_config()
-        published = getattr(self.model, "balance_defaults", BalanceDefaults())
+        published = BalanceDefaults()
+        if not args.freeze_language:
+            published = getattr(self.model, "balance_defaults", published)
 
         def chosen(value: float | None, default: float) -> float:
             return default if value is None else value
@@ -122,6 +127,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
+        set_learning_rates(optimizer, self.model, self.args)
         finish_optimizer(optimizer, self.args, self.model)
         return optimizer
 
@@ -137,7 +143,9 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
 
     def _start_step(self, batches: list[dict], device: torch.device) -> None:
         layouts = [TokenLayout.of_batch(self._model_inputs(batch)) for batch in batches]
-        self._totals = self.sum_over_batches(torch.stack([layout.totals() for layout in layouts]).sum(0).to(device))
+        totals = torch.stack([layout.totals() for layout in layouts]).sum(0)
+        tiles = sum(len(batch["pixel_values"]) for batch in batches if batch.get("pixel_values") is not None)
+        self._totals = self.sum_over_batches(torch.cat([totals, totals.new_tensor([tiles])]).to(device))
         self._balance.start_step(self._totals[0], self._totals[1])
         if (fp8 := base_model(self.model).fp8) is not None:
             fp8.new_step()
@@ -187,7 +195,7 @@ class MoETrainerMixin(StabilityMixin, CheckpointingMixin, SequenceParallelMixin,
             self._counted = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        model = self.shared(model)
+        model, inputs = self.weigh(self.shared(model), inputs)
         if not self.model.training:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         with contextlib.nullcontext() if self._counted else self._balance.recording():

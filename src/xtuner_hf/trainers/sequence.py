@@ -16,6 +16,7 @@ from transformers import Trainer
 from .._compat import batches_dealt_to
 from ..attention.ulysses import SequenceRanks
 from ..data.balance import EqualWorkSampler
+from ..data.tiles import IMAGE_REFS, count_tiles
 from ..models.flops import TrainingFlops
 from ..parallel.sequence import SequenceParallelModel, sequence_ranks
 
@@ -59,6 +60,12 @@ class SequenceParallelMixin(_Base):
         """The value of the first of the ranks that share a batch."""
         return value if self._ranks is None else self._ranks.from_first(value, self.accelerator.device)
 
+    def of_whole_rows(self, routes_BSLK: torch.Tensor) -> torch.Tensor:
+        """Routes that each rank recorded at its own positions, -1 elsewhere -> those of all positions."""
+        if self._ranks is None:
+            return routes_BSLK
+        return (self._ranks.sum(routes_BSLK.int() + 1) - 1).to(routes_BSLK.dtype)
+
     def sum_over_batches(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks of what each computed of its batch; each batch counts once."""
         total = self.accelerator.reduce(tensor, reduction="sum")
@@ -76,7 +83,7 @@ class SequenceParallelMixin(_Base):
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         flops = TrainingFlops.of_model(self.model)
-        work: Any = [flops(sum(row), sum(length**2 for length in row)) for row in map(_document_lengths, rows)]
+        work: Any = [row_work(flops, row) for row in rows]
         layout = self.args.parallel_layout
         return EqualWorkSampler(
             work,
@@ -101,12 +108,14 @@ class SequenceParallelMixin(_Base):
         return once[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else once
 
 
-def _document_lengths(row: dict[str, Any]) -> list[int]:
+def row_work(flops: TrainingFlops, row: dict[str, Any]) -> float:
+    """FLOPs of a token row, its images included."""
     if "input_ids" not in row:
         raise ValueError(
             f"balance_batches weighs rows by their 'input_ids', and they have {', '.join(row)}; leave it False."
         )
-    return row.get("seq_lengths") or [len(row["input_ids"])]
+    lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+    return flops(sum(lengths), sum(length**2 for length in lengths), count_tiles(row.get(IMAGE_REFS)))
 
 
 def check_losses(args: Any, keywords: dict[str, Any]) -> None:
@@ -121,11 +130,6 @@ def check_losses(args: Any, keywords: dict[str, Any]) -> None:
         raise ValueError(
             f"label_smoothing_factor is {args.label_smoothing_factor}, whose loss needs the logits of whole rows, and "
             f"with sp_size {args.sp_size} no rank has them: set the one to 0, or the other to 1."
-        )
-    if getattr(args, "router_replay", None) is not None:
-        raise ValueError(
-            f"router_replay is {args.router_replay!r} and sp_size {args.sp_size}: routes of whole sequences are not "
-            "shared between ranks yet. Set the one to None, or the other to 1."
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(

@@ -15,7 +15,7 @@ from .._compat import launched_with_fsdp, loads_on_rank_0_only
 from ..attention.ulysses import check_heads
 from ..attention.varlen import VARLEN_ATTENTION, attention_refusal
 from ..memory.recompute import set_recompute
-from ..models.auto import AutoModelForCausalLM, check_has_mtp
+from ..models.auto import check_has_mtp, load_model
 from ..models.base import HubModelMixin
 from ..models.fp8 import use_fp8
 from ..models.fused import compile_blocks, fuse_norms
@@ -23,6 +23,7 @@ from ..parallel.adapters import base_model, is_adapted, shard_adapters, without_
 from ..parallel.layout import ParallelLayout
 from ..parallel.prefetch import set_prefetch
 from ..parallel.shard import copy_from_rank_0, is_sharded, shard_model, sum_gradients
+from .vision import prepare_vision
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     if args.compile_blocks:
         compile_blocks(base_model(model))
     set_recompute(base_model(model), args.recompute or "full", offload=args.activation_offload, device=args.device)
+    prepare_vision(model, args)
     return model
 
 
@@ -144,7 +146,7 @@ def _adopt(model: Any, layout: ParallelLayout, args: Any) -> nn.Module:
     if not isinstance(base, HubModelMixin):
         raise TypeError(
             f"The model is a {type(base).__module__}.{type(base).__name__}; this trainer needs one of xtuner_hf: "
-            "load it with xtuner_hf.AutoModelForCausalLM, or pass the checkpoint's name."
+            "load it with its AutoModelForCausalLM or AutoModelForImageTextToText, or pass the checkpoint's name."
         )
     if args.experts_implementation is not None:
         base.set_experts_implementation(args.experts_implementation)
@@ -173,7 +175,7 @@ def _load(name: str, layout: ParallelLayout, args: Any) -> PreTrainedModel:
         kwargs["mtp_loss_coef"] = args.mtp_loss_coef
     if args.world_size > 1 and not shards_with_accelerate(args):
         kwargs["distributed_config"] = _distributed_config(layout, args)
-    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    model = load_model(name, **kwargs)
     layout.check_experts(num_experts(model))
     return model
 

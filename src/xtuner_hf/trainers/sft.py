@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 
 from .._compat import DataCollatorForLanguageModeling, global_then_local_main_first
-from ..data.collator import PackedCollator
-from ..data.conversation import MalformedRow, check_conversation
+from ..data.collator import PackedCollator, VisionCollator
+from ..data.conversation import check_conversation
+from ..data.malformed import MalformedRow
 from ..data.packing import fit_rows, pack_rows
+from ..data.prepare import text_tokenizer, tokenize_rows
+from ..data.processor import InternVLProcessor
 from ..data.report import warn
+from ..data.tiles import IMAGE_REFS, ImageTiler
 from ..data.tokenize import require_chat_template, tokenize_conversations, training_chat_template
+from ..models.auto import IMAGE_TEXT_CLASSES, read_config
 from ..parallel.adapters import base_model
 from .arguments import MoESFTConfig
 from .setup import check_dataset
@@ -32,7 +39,14 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
     Data: rows of `messages` may have what `xtuner_hf.data.load_conversations` allows (tools, loss flags of turns), and
     are checked; rows that `xtuner_hf.data.prepare_dataset` made are taken as they are. Rows longer than `max_length`
     are an error unless `on_long_row` says what to do with them. Packing is TRL's, over more rows at a time.
+
+    Images: with the processor of the model as `processing_class` (`xtuner_hf.data.InternVLProcessor`; found by the
+    model's name if none is given), rows of `messages` or text may have images (docs/vision-data.md). They are packed
+    like others, and read in the workers of the data loader.
     """
+
+    loss_of_log_probs = True
+    _tiler: ImageTiler | None = None
 
     def __init__(
         self,
@@ -46,20 +60,56 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
     ):
         if isinstance(args, MoESFTConfig):
             if processing_class is None:
-                processing_class = _load_tokenizer(model)
+                processing_class = _load_processing_class(model)
             _check_first_row(train_dataset, args, processing_class)
-        super().__init__(
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **keywords,
-        )
+            if isinstance(processing_class, ProcessorMixin):
+                _check_with_processor(args, keywords)
+                self._tiler = ImageTiler(processing_class, args.max_row_tiles)
+                train_dataset, eval_dataset = self._tokenize_images(train_dataset, eval_dataset, processing_class, args)
+        with _tokenized_before(args, self._tiler is not None):
+            super().__init__(
+                model,
+                args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **keywords,
+            )
         self._check_further_tokens()
         if type(self.data_collator) is DataCollatorForLanguageModeling:  # TRL's choice, which counts padding as tokens
-            self.data_collator = PackedCollator(**vars(self.data_collator))
+            options: dict[str, Any] = vars(self.data_collator)
+            self.data_collator = PackedCollator(**options)
+            if self._tiler is not None:
+                self.data_collator = VisionCollator(**options, tiler=self._tiler, on_bad_image=self.args.on_bad_image)
+
+    def _tokenize_images(self, train: Any, evaluation: Any, processor: Any, args: Any) -> tuple[Any, Any]:
+        """Before TRL sees a row: it leaves images to its collator, which can neither pack nor spare the decoding."""
+
+        def tokens(dataset: Any, name: str) -> Any:
+            return dataset if dataset is None else self._tokenize(dataset, processor, args, f"{name}_dataset")
+
+        if isinstance(evaluation, dict):
+            return tokens(train, "train"), {name: tokens(dataset, name) for name, dataset in evaluation.items()}
+        return tokens(train, "train"), tokens(evaluation, "eval")
+
+    def _tokenize(self, dataset: Any, processor: Any, args: Any, name: str) -> Any:
+        check_dataset(dataset, name)
+        with global_then_local_main_first():
+            return tokenize_rows(
+                dataset,
+                text_tokenizer(processor),
+                tiler=self._tiler,
+                assistant_only_loss=args.assistant_only_loss,
+                text_column=args.dataset_text_field,
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self._tiler is not None and IMAGE_REFS not in self._signature_columns:
+            self._signature_columns.append(IMAGE_REFS)
 
     def _check_further_tokens(self) -> None:
         coef = getattr(base_model(self.model), "mtp_loss_coef", None)
@@ -88,6 +138,8 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
         columns = dataset.column_names or list(next(iter(dataset)))
         if "seq_lengths" in columns:  # packed already
             return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        if self._tiler is not None and "input_ids" not in columns:
+            dataset = self._tokenize(dataset, processing_class, args, name)
         if "messages" in columns and formatting_func is None and isinstance(processing_class, PreTrainedTokenizerBase):
             with global_then_local_main_first():
                 dataset = tokenize_conversations(
@@ -120,16 +172,47 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 
-def _load_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
+@contextlib.contextmanager
+def _tokenized_before(args: Any, is_so: bool) -> Iterator[None]:
+    """TRL looks for a conversation in the first row, and for marks in a template that it knows, to learn only what the
+    assistant says; where the rows are tokenised before, the labels say it already."""
+    asked = getattr(args, "assistant_only_loss", False)
+    if is_so:
+        args.assistant_only_loss = False
+    try:
+        yield
+    finally:
+        if is_so:
+            args.assistant_only_loss = asked
+
+
+def _check_with_processor(args: MoESFTConfig, keywords: dict[str, Any]) -> None:
+    """Refuse what TRL would do to rows that are tokenised by then."""
+    if args.chat_template_path is not None:
+        raise ValueError(
+            f"chat_template_path is {args.chat_template_path!r}, and processing_class is a processor: read it "
+            "into processor.chat_template yourself, and leave chat_template_path out."
+        )
+    if keywords.get("formatting_func") is not None:
+        raise ValueError(
+            "formatting_func writes a text, and processing_class is a processor: give rows of 'messages' or text, with "
+            "their images, and leave formatting_func out."
+        )
+
+
+def _load_processing_class(model: Any) -> Any:
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "name_or_path", None)
     if not name:
         raise ValueError("The model has no name to load a tokenizer by: pass one as processing_class.")
-    return AutoTokenizer.from_pretrained(name)
+    reads_images = read_config(name, {}).model_type in IMAGE_TEXT_CLASSES
+    return (InternVLProcessor if reads_images else AutoTokenizer).from_pretrained(name)
 
 
 def _check_first_row(dataset: Any, args: MoESFTConfig, tokenizer: Any) -> None:
     """TRL looks at the first row when it is built, and at the chat template, and expects both to be sound."""
     row = next(iter(dataset), None) if dataset is not None else None
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = text_tokenizer(tokenizer)
     if row is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     is_conversational = "messages" in row or isinstance(row.get("prompt"), list)

@@ -36,7 +36,7 @@ class ThroughputMeter:
         self._started = time.perf_counter()
 
     def stop(self, totals: torch.Tensor) -> None:
-        """A step ended; `totals` [3] int64: tokens, documents, squared lengths, over all ranks."""
+        """A step ended; `totals` [4] int64: tokens, documents, squared lengths, tiles of images, over all ranks."""
         if self._started is None:
             return
         self._seconds += time.perf_counter() - self._started
@@ -51,8 +51,8 @@ class ThroughputMeter:
         """
         if not self._totals or self._seconds == 0:
             return {}
-        tokens, _, squared_lengths = torch.stack(self._totals).sum(0).tolist()
-        flops = self.flops(tokens, squared_lengths) / self._seconds / self.num_devices
+        tokens, _, squared_lengths, tiles = torch.stack(self._totals).sum(0).tolist()
+        flops = self.flops(tokens, squared_lengths, tiles) / self._seconds / self.num_devices
         logs = {
             "tokens_per_second": tokens / self._seconds,
             "tokens_per_second_per_device": tokens / self._seconds / self.num_devices,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import Trainer
 
+from ..data.tiles import IMAGE_REFS
 from .mixin import MoETrainerMixin
 
 
@@ -20,8 +21,7 @@ class MoETrainer(MoETrainerMixin, Trainer):
     def _set_signature_columns_if_needed(self):
         # What tells the documents of a packed row apart is for the collator, not for the model.
         super()._set_signature_columns_if_needed()
-        if "seq_lengths" not in self._signature_columns:
-            self._signature_columns.append("seq_lengths")
+        self._signature_columns += {"seq_lengths", IMAGE_REFS} - set(self._signature_columns)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training and self.compute_loss_func is None and self.label_smoother is None:

@@ -1,4 +1,4 @@
-"""What our subclasses of TRL's trainers share: arguments by name, one balance loss instead of two, reference models."""
+"""What our subclasses of TRL's trainers share: arguments by name, one balance loss, no padding, reference models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer
 
+from ..memory.unpadded import UnpaddedModel, scores_unpadded
 from ..parallel.adapters import is_adapted
 from ..parallel.shard import is_sharded
 from .mixin import MoETrainerMixin
@@ -37,6 +38,16 @@ class TRLTrainerMixin(MoETrainerMixin):
             self.aux_loss_enabled = False
             self.model.config.get_text_config().output_router_logits = False
         return super()._attach_balance()
+
+
+class UnpaddedMixin(TRLTrainerMixin):
+    """For trainers whose batches TRL pads: losses are computed of their real tokens (memory/unpadded.py)."""
+
+    def shared(self, model: Any) -> Any:
+        if isinstance(model, UnpaddedModel):
+            return model
+        model = super().shared(model)
+        return UnpaddedModel(model) if scores_unpadded(self.model) else model
 
 
 class ByKeyword(_Base):

@@ -23,9 +23,11 @@ class Qwen3Model(TrunkMixin, Qwen3PreTrainedModel, hf.Qwen3Model):
 class Qwen3ForCausalLM(ChunkedLossMixin, Qwen3PreTrainedModel, hf.Qwen3ForCausalLM):
     """Qwen3 with a language-model head; `chunked_loss=True` with `labels` never builds the full logits."""
 
+    model_class = Qwen3Model
+
     def __init__(self, config: Qwen3Config):
         super(hf.Qwen3ForCausalLM, self).__init__(config)
-        self.model = Qwen3Model(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

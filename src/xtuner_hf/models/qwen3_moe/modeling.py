@@ -62,7 +62,11 @@ class Qwen3MoeForCausalLM(MoECausalLMMixin, Qwen3MoePreTrainedModel, hf.Qwen3Moe
 
     model_class = Qwen3MoeModel
 
+    @classmethod
+    def balance_defaults_of(cls, config: Qwen3MoeConfig) -> BalanceDefaults:
+        """The checkpoint's own coefficient: 1e-3 over the global batch (Qwen3, arXiv 2505.09388)."""
+        return BalanceDefaults(aux_loss_coef=config.router_aux_loss_coef)
+
     @property
     def balance_defaults(self) -> BalanceDefaults:
-        """The checkpoint's own coefficient: 1e-3 over the global batch (Qwen3, arXiv 2505.09388)."""
-        return BalanceDefaults(aux_loss_coef=self.config.router_aux_loss_coef)
+        return self.balance_defaults_of(self.config)

@@ -1,0 +1,184 @@
+"""A dry run: one rank's training step on fake tensors, in seconds and without memory.
+
+The model is built on the meta device, sharded by parallel/shard.py, and stepped twice by step.py. The second step is
+reported: the optimizer's states exist by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..attention.ulysses import SequenceRanks
+from ..device import acting_as
+from ..host_reads import HostReads, answered_by
+from ..models.flops import TrainingFlops
+from ..models.manifest import meta_model
+from ..moe.ep_dispatcher import IMPLEMENTATION_NAME
+from ..parallel.sequence import sequence_ranks
+from ..parallel.shard import distribute_model, local_part, sum_gradients
+from . import ledger as memory
+from .clock import Clock, Span
+from .cluster import axis_of, fake_cluster, fake_mesh
+from .costs import Costs
+from .expert_loads import PlannedReads
+from .job import Job
+from .ledger import Ledger, Peak, Sample
+from .step import TrainingStep
+from .torch_internals import FakeTensorMode, fused_loss_tiles, grouped_products_of_any_dtype, simulated_streams
+from .tracker import StepTracker, Traffic, Work
+
+# What the code takes the fake tensors' device for. torch_npu's own kernels need torch_npu: an NPU is planned with the
+# memory that CUDA's take.
+ACTS_AS = "cuda"
+
+
+@dataclass
+class StepReport:
+    """One rank's step; bytes, FLOPs and seconds."""
+
+    peaks: dict[str, Peak]  # by region: "forward", "backward" (above all layers), "layer 0", ... and "optimizer"
+    host_peak: int
+    resting: int  # on the device between steps
+    seconds: float
+    compute_seconds: float  # that the computing stream was busy
+    phase_seconds: dict[str, float]  # of the timeline; recompute is part of backward
+    work: dict[str, Work]
+    traffic: dict[tuple[str, str, str], Traffic]  # by mesh axis, kind, phase
+    link_seconds: dict[str, float]
+    host_bytes_moved: int
+    host_waits: int
+    model_flops: float  # of this rank's share of the step, by models/flops.py
+    num_parameters: int
+    samples: list[Sample] = field(repr=False, default_factory=list)
+    spans: list[Span] = field(repr=False, default_factory=list)
+    wall_seconds: float = 0.0
+
+    @property
+    def peak(self) -> Peak:
+        """That of the whole step."""
+        return max(self.peaks.values(), key=lambda peak: peak.total)
+
+    @property
+    def peak_region(self) -> str:
+        return max(self.peaks, key=lambda region: self.peaks[region].total)
+
+    @property
+    def reserved(self) -> int:
+        """What a caching allocator holds in the end: it has a pool for each stream, and gives none back."""
+        pools = {name for peak in self.peaks.values() for name in peak.pools}
+        return sum(max(peak.pools.get(name, 0) for peak in self.peaks.values()) for name in pools)
+
+
+def dry_run(job: Job, *, rank: int = 0, acts_as: str = ACTS_AS, reads: HostReads | None = None) -> StepReport:
+    """Observe one rank of a job.
+
+    Args:
+        rank: which.
+        acts_as: "cuda", or "cpu" for what this code does on CPUs.
+        reads: answers what depends on data; the planned loads by default.
+
+    Raises:
+        PlanError: if this process is part of a real job.
+    """
+    started = time.perf_counter()
+    clock = Clock(job.device.launch_seconds)
+    tracker = StepTracker(Costs(job.device, job.documents), clock, Ledger(), lambda ranks: axis_of(job.layout, ranks))
+    is_last_share = rank % job.layout.sp_size == job.layout.sp_size - 1
+    reads = reads or PlannedReads(clock, job.documents, job.expert_choice, job.load, num_unlabelled=int(is_last_share))
+    with _simulated(job, rank, acts_as, clock, reads):
+        model = build_fake_model(job)
+        ranks = sequence_ranks(job.layout, "cpu") if job.layout.sp_size > 1 else None
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            model.to_empty(device="cpu")
+            report = observe(job, tracker, model, ranks)
+        del model
+    gc.collect()  # hooks and modules hold each other
+    report.wall_seconds = time.perf_counter() - started
+    return report
+
+
+@contextlib.contextmanager
+def _simulated(job: Job, rank: int, acts_as: str, clock: Clock, reads: HostReads) -> Iterator[None]:
+    with (
+        fake_cluster(job.layout.world_size, rank),
+        simulated_streams(clock),
+        grouped_products_of_any_dtype(),
+        fused_loss_tiles() if acts_as == ACTS_AS else contextlib.nullcontext(),
+        acting_as(acts_as),
+        answered_by(reads),
+    ):
+        yield
+
+
+def build_fake_model(job: Job):
+    """The job's model on the meta device, sharded."""
+    options = {"mtp_loss_coef": job.mtp_loss_coef} if job.mtp_loss_coef is not None else {}
+    model = meta_model(job.config, dtype=job.dtype, **options)
+    if job.layout.world_size > 1:
+        config = job.layout.distributed_config(bf16=job.bf16, ep_implementation=IMPLEMENTATION_NAME)
+        distribute_model(model, config, fake_mesh(job.layout))
+        sum_gradients(model)
+        model.tie_weights(recompute_mapping=False)
+    return model
+
+
+def observe(job: Job, tracker: StepTracker, model, ranks: SequenceRanks | None = None) -> StepReport:
+    """Two steps of a sharded model, the second of which is reported; on fake tensors or on real ones.
+
+    Args:
+        tracker: entered already.
+        ranks: that share this rank's sequences, with `sp_size` above 1.
+    """
+    step = TrainingStep(job, model, torch.device("cpu"), ranks)
+    tracker.watch_layers(model)
+    batch = step.batch()
+    for _ in range(2):
+        label_resting(tracker.ledger, step)
+        tracker.begin_step()
+        step.run(batch, tracker.phase)
+    return make_report(job, tracker, model)
+
+
+def label_resting(ledger: Ledger, step: TrainingStep) -> None:
+    """Name what lives from step to step."""
+    model, states = step.resting()
+    for tensor in model:
+        ledger.assign(_storage_of(tensor), memory.PARAMETERS)
+    for tensor in states:
+        if not ledger.is_on_host(_storage_of(tensor)):
+            ledger.assign(_storage_of(tensor), memory.OPTIMIZER)
+
+
+def _storage_of(tensor: torch.Tensor) -> torch.Tensor:
+    return local_part(tensor.data if isinstance(tensor, DTensor) else tensor)
+
+
+def make_report(job: Job, tracker: StepTracker, model) -> StepReport:
+    clock, ledger = tracker.clock, tracker.ledger
+    ledger.end_step()
+    micro_batches = job.accumulation / job.layout.sp_size
+    squared = sum(length * length for length in job.documents)
+    return StepReport(
+        peaks=ledger.regions,
+        host_peak=ledger.host_peak,
+        resting=ledger.total,
+        seconds=clock.now,
+        compute_seconds=clock.compute.busy,
+        phase_seconds=dict(tracker.phase_seconds),
+        work=dict(tracker.work),
+        traffic=dict(tracker.traffic),
+        link_seconds=clock.busy_links(),
+        host_bytes_moved=tracker.host_bytes_moved,
+        host_waits=clock.host_waits,
+        model_flops=TrainingFlops.of_model(model)(sum(job.documents), squared) * micro_batches,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        samples=ledger.samples,
+        spans=list(clock.spans),
+    )

@@ -1,0 +1,109 @@
+"""Names of torch that its documentation does not promise, and what a dry run changes in torch (and, once, in TRL): each
+change with its reason, undone where the `with` block ends.
+
+Nothing of this package or of transformers is patched: it has seams (host_reads.py, `device.acting_as`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._meta_registrations
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.distributed_c10d import _resolve_process_group as resolve_process_group
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+from .._compat import ChunkedLogProbFunction
+from .clock import Clock
+
+__all__ = [
+    "FakeStore",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "fused_loss_tiles",
+    "grouped_products_of_any_dtype",
+    "hidden_propagation",
+    "resolve_process_group",
+    "simulated_streams",
+    "watched_storages",
+    "without_modes",
+]
+
+
+@contextlib.contextmanager
+def watched_storages(on_resize: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """FSDP2 frees and remakes parameters by resizing their storage, which no dispatch mode sees."""
+    resize_ = torch.UntypedStorage.resize_
+
+    def watched(storage, size):
+        result = resize_(storage, size)
+        on_resize(storage)
+        return result
+
+    with patch.object(torch.UntypedStorage, "resize_", watched):
+        yield
+
+
+@contextlib.contextmanager
+def hidden_propagation() -> Iterator[None]:
+    """DTensor runs each operator once on tensors of the *global* shape to learn the result's shape. To a dispatch mode
+    they look like memory: 3,530 GiB instead of 51 for Qwen3-235B on 128 ranks."""
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def hidden(*args: Any, **kwargs: Any):
+        with without_modes():
+            return propagate(*args, **kwargs)
+
+    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", hidden):
+        yield
+
+
+@contextlib.contextmanager
+def simulated_streams(clock: Clock) -> Iterator[None]:
+    """torch.cpu's streams and events are stubs "to facilitate device-agnostic code"; FSDP2 and our copies get ones with
+    a clock. (A fake "cuda" device aborts the process in autograd where no CUDA build of torch is installed.)"""
+    with contextlib.ExitStack() as stack:
+        for module, name, replacement in (
+            (torch.cpu, "Stream", clock.new_stream),
+            (torch.cpu, "Event", clock.new_event),
+            (torch.cpu, "stream", clock.on_stream),
+            (torch.cpu, "current_stream", clock.current_stream),
+            (torch.accelerator, "current_stream", clock.current_stream),  # FSDP2 asks here where gradients add up
+        ):
+            stack.enter_context(patch.object(module, name, replacement))
+        yield
+
+
+@contextlib.contextmanager
+def fused_loss_tiles() -> Iterator[None]:
+    """TRL scores each tile of logits with one Triton kernel on a GPU, and with a dozen operators and their temporaries
+    on a CPU. Planning a GPU takes one operator in place, which reads and writes the tile as the kernel does."""
+    module = inspect.getmodule(ChunkedLogProbFunction)
+
+    def fused(tile: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        tile.mul_(1)
+
+    with patch.multiple(module, _forward_tile=fused, _backward_tile=fused):
+        yield
+
+
+@contextlib.contextmanager
+def grouped_products_of_any_dtype() -> Iterator[None]:
+    """The shape function of grouped matrix products refuses all but bf16; kernels of CPUs and CUDA take fp32 too."""
+    shapes = torch._meta_registrations._meta_grouped_mm_common
+
+    def of_any_dtype(mat_a: torch.Tensor, mat_b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if mat_a.dtype not in (torch.float16, torch.float32) or mat_a.dtype != mat_b.dtype:
+            return shapes(mat_a, mat_b, *args, **kwargs)
+        return shapes(mat_a.to(torch.bfloat16), mat_b.to(torch.bfloat16), *args, **kwargs).to(mat_a.dtype)
+
+    with patch.object(torch._meta_registrations, "_meta_grouped_mm_common", of_any_dtype):
+        yield

@@ -1,0 +1,96 @@
+"""A dry run against the same code on real tensors: the same bytes, to the last one.
+
+Both run the planner's step, the real one on gloo ranks, under the same tracker. With expert parallelism the dry run is
+told how many rows the real routers sent.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.plan.real import Measured, make_job
+from tests.ranks import run_on_ranks
+from xtuner_hf.plan.clock import Clock
+from xtuner_hf.plan.dry_run import StepReport, dry_run
+from xtuner_hf.plan.expert_loads import PlannedReads
+
+EVERYTHING_KEPT = {"recompute": "none"}
+SELECTIVE = {"recompute": "selective"}
+OFFLOADED = {"activation_offload": True, "optimizer_offload": True, "optimizer_states": "bf16"}
+
+CASES = {
+    1: {
+        "qwen3": ("qwen3", {}, {}),
+        "qwen3_moe, fp32": ("qwen3_moe", {"bf16": False}, {}),
+        "deepseek_v3, nothing recomputed": ("deepseek_v3", EVERYTHING_KEPT, {}),
+    },
+    2: {
+        "qwen3": ("qwen3", {}, {}),
+        "qwen3_moe": ("qwen3_moe", {}, {}),
+        "gpt_oss": ("gpt_oss", {}, {}),
+        "deepseek_v3": ("deepseek_v3", {}, {}),
+        "kimi_k2": ("kimi_k2", {}, {}),
+        "glm4_moe": ("glm4_moe", {}, {}),
+        "qwen3_moe, nothing recomputed": ("qwen3_moe", EVERYTHING_KEPT, {}),
+        "gpt_oss, nothing recomputed": ("gpt_oss", EVERYTHING_KEPT, {}),
+        "glm4_moe, selective": ("glm4_moe", SELECTIVE, {}),
+        "kimi_k2, offloaded": ("kimi_k2", OFFLOADED, {}),
+        "qwen3_moe, steps in backward": ("qwen3_moe", {"optimizer_in_backward": True}, {}),
+        "qwen3_moe, two micro-batches": ("qwen3_moe", {"accumulation": 2}, {}),
+        "deepseek_v3, ep": ("deepseek_v3", {}, {"ep_size": 2}),
+        "gpt_oss, ep, offloaded": ("gpt_oss", OFFLOADED, {"ep_size": 2}),
+        "qwen3_moe, sp": ("qwen3_moe", {}, {"sp_size": 2}),
+    },
+    4: {
+        "qwen3_moe, ep 2": ("qwen3_moe", {}, {"ep_size": 2}),
+        "kimi_k2, ep 4, nothing recomputed": ("kimi_k2", EVERYTHING_KEPT, {"ep_size": 4}),
+        "glm4_moe, ep 2, sp 2": ("glm4_moe", {}, {"ep_size": 2, "sp_size": 2}),
+        "qwen3_moe, two copies": ("qwen3_moe", {}, {"dp_replicate_size": 2}),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[int, list[dict[str, Measured]]]:
+    return {ranks: run_on_ranks("tests.plan.real:run", ranks, cases=cases) for ranks, cases in CASES.items()}
+
+
+class ReplayedReads(PlannedReads):
+    """Answers with what real ranks counted."""
+
+    def __init__(self, job, counts: list[list], num_unlabelled: int):
+        super().__init__(Clock(), job.documents, None, num_unlabelled=num_unlabelled)
+        self._counts = iter(counts)
+
+    def start_counts(self, counts, traffic):
+        return _Ready(counts, next(self._counts))
+
+
+class _Ready:
+    """Holds the tensor, as a copy from a CPU to the host does."""
+
+    def __init__(self, tensor: torch.Tensor, counts: list):
+        self._tensor, self._counts = tensor, counts
+
+    def wait(self) -> list:
+        return self._counts
+
+
+def predict(ranks: int, name: str, measured: Measured, rank: int) -> StepReport:
+    family, changes, sizes = CASES[ranks][name]
+    job = make_job(family, ranks, changes, **sizes)
+    is_last_share = rank % job.layout.sp_size == job.layout.sp_size - 1
+    return dry_run(job, rank=rank, acts_as="cpu", reads=ReplayedReads(job, measured.counts, int(is_last_share)))
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
+def test_predicted_bytes_are_the_tracked_ones(ranks, name, measured):
+    rank = ranks - 1
+    real = measured[ranks][rank][name]
+    predicted = predict(ranks, name, real, rank)
+    assert predicted.peak.by_category == real.report.peak.by_category
+    assert predicted.peak.total == real.report.peak.total > 0
+    assert predicted.resting == real.report.resting
+    assert predicted.traffic == real.report.traffic
+    assert predicted.work == real.report.work
