@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def shapes(folder: Path, number: int) -> list[dict]:
             for text, answer in asked.items()
         ]
     return rows
+
+
+@pytest.mark.skipif(find_spec("easy_vqa") is None, reason="`make` installs easy-vqa, for this example alone")
+def test_the_questions(example):
+    vision = example("vision")
+    train, test = vision.questions("train"), vision.questions("test")
+    assert (len(train), len(test)) == (38_575, 9_673)
+    assert vision.baselines(train, test) == pytest.approx((0.3733, 0.6700), abs=1e-4)
+    question, answer = train[5]["messages"]
+    assert (question["content"], answer["content"]) == ("<image>\ndoes the image not contain a gray shape?", "yes")
+    assert Path(question["images"][0]["path"]).is_file()
+    asked = vision.conversations(train[:40])
+    assert sum(len(row["messages"]) for row in asked) == 80
+    assert all(
+        ("images" in message) == (number == 0) for row in asked for number, message in enumerate(row["messages"])
+    )
 
 
 def test_a_few_steps(example, tmp_path, monkeypatch, capsys):
