@@ -71,8 +71,9 @@ def test_every_matrix_product_is_counted(name):
     head = 2 * 2047 * config.hidden_size * config.vocab_size
     useful = TrainingFlops.of_model(model)(2048, 2048**2) + routers
     total = sum(done.values()) - head - (attention - 2 * forward_attention)
-    windowed = config.model_type == "gpt_oss"  # counted there as if all tokens met a full window
-    assert total == pytest.approx(useful, rel=0.02 if windowed else 0.002)
+    # There, windows are counted as if every token met a full one; here, MLA's values are as wide as its keys.
+    differs = config.model_type in ("gpt_oss", "deepseek_v3")
+    assert total == pytest.approx(useful, rel=0.02 if differs else 0.002)
 
 
 def test_recompute_is_told_from_backward():
@@ -85,24 +86,27 @@ def test_recompute_is_told_from_backward():
     assert with_recompute.work["recompute"].flops["dense_matmul"] < forward["dense_matmul"]
 
 
-def test_prefetch_overlaps_and_the_hosts_waits_are_counted():
+def test_transfers_overlap_with_computing(on_128_ranks):
+    links = sum(on_128_ranks.link_seconds.values())
+    assert max(on_128_ranks.compute_seconds, links) < on_128_ranks.seconds < on_128_ranks.compute_seconds + links
+
+
+def test_the_hosts_waits_are_counted():
     alone, with_experts = (dry_run(make_job("deepseek_v3", 4, {}, ep_size=size)) for size in (1, 4))
     # Documents, labels; with EP also once for each of two MoE layers, forward and recomputed.
     assert with_experts.host_waits == alone.host_waits + 4
-    for report in (alone, with_experts):
-        assert report.seconds < report.compute_seconds + sum(report.link_seconds.values())
 
 
 def test_offloaded_inputs_are_on_the_host_and_not_on_the_device():
     kept, offloaded = (
-        dry_run(job_235b(128, 6, seq_len=16384, activation_offload=offload)) for offload in (False, True)
+        dry_run(job_235b(128, 4, seq_len=16384, activation_offload=offload)) for offload in (False, True)
     )
     one_input = 16384 * 4096 * 2
-    assert offloaded.host_peak == pytest.approx(6 * one_input, rel=0.01)
+    assert offloaded.host_peak == pytest.approx(4 * one_input, rel=0.01)
     assert kept.host_peak == 0
     saved = kept.peaks["backward"].total - offloaded.peaks["backward"].total
-    assert saved == pytest.approx(5 * one_input, rel=0.05)
-    assert offloaded.host_bytes_moved == pytest.approx(11 * one_input, rel=0.01)  # the last one is still there
+    assert saved == pytest.approx(3 * one_input, rel=0.05)
+    assert offloaded.host_bytes_moved == pytest.approx(7 * one_input, rel=0.01)  # the last one is still there
 
 
 def test_even_loads_are_the_hypergeometric_ones():

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SystemExit: with one sentence, for what cannot be planned.
     """
-    from .plan import quieten
+    from .planning import quieten
 
     quieten()
     try:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _job(options: argparse.Namespace) -> Any:
-    from .plan import make_job
+    from .planning import make_job
 
     names = (
         "gpus device ranks_per_node ep_size sp_size dp_replicate_size calibration seq_len document_len micro_batch "
@@ -75,7 +75,7 @@ def _job(options: argparse.Namespace) -> Any:
 
 def _plan(options: argparse.Namespace) -> None:
     from .page import page
-    from .plan import plan_job
+    from .planning import plan_job
 
     plan = plan_job(_job(options), every_layer=options.every_layer)
     print(json.dumps(plan.as_dict(), indent=2) if options.json else page(plan), end="\n" if options.json else "")

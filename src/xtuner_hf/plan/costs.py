@@ -116,8 +116,8 @@ class Costs:
 
     def flops(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[float, str]:
         """FLOPs of the operator's matrix products, and their kind; 0 if it has none."""
-        if name in _MATMUL_FLOPS:
-            return _MATMUL_FLOPS[name](*args), GROUPED if name == "_grouped_mm" else DENSE
+        if name.removesuffix("_") in _MATMUL_FLOPS:  # in place or not
+            return _MATMUL_FLOPS[name.removesuffix("_")](*args), GROUPED if name == "_grouped_mm" else DENSE
         if name in _ATTENTION_OPERATORS:
             is_backward = name.endswith("backward")
             return self._attention(name, args, kwargs), ATTENTION_BACKWARD if is_backward else ATTENTION

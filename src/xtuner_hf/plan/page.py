@@ -6,7 +6,7 @@ from .devices import GIB
 from .dry_run import StepReport
 from .job import Job
 from .ledger import CATEGORIES
-from .plan import Plan, seconds_by_kind, traffic_by_axis
+from .planning import Plan, seconds_by_kind, traffic_by_axis
 
 _KINDS = {
     "dense_matmul": "dense matrix products",

@@ -11,7 +11,7 @@ from .devices import GIB
 from .dry_run import dry_run
 from .extrapolate import shallow_depths
 from .ledger import CATEGORIES, Sample
-from .plan import Plan
+from .planning import Plan
 
 MICROSECONDS = 1e6
 

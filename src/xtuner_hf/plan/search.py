@@ -24,7 +24,7 @@ from ..models.manifest import meta_model
 from ..parallel.layout import ParallelLayout
 from .devices import GIB, PlanError
 from .job import Job
-from .plan import Plan, plan_job, quieten
+from .planning import Plan, plan_job, quieten
 
 # Tokens of a rank at a time: what is tried first, and where more rows gain little.
 FIRST_TOKENS, MOST_TOKENS = 16384, 65536
@@ -68,13 +68,14 @@ def search(job: Job, *, tokens_per_step: int | None = None, workers: int | None 
 def _planner(workers: int) -> Iterator[Plans]:
     """Plans jobs at once. Processes of their own: each joins a simulated cluster."""
     if workers == 1:
-        yield lambda jobs: [_plan_briefly(job) for job in jobs]
+        yield lambda jobs: [plan_briefly(job) for job in jobs]
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=quieten) as pool:
-        yield lambda jobs: list(pool.map(_plan_briefly, jobs))
+        yield lambda jobs: list(pool.map(plan_briefly, jobs))
 
 
-def _plan_briefly(job: Job) -> Plan:
+def plan_briefly(job: Job) -> Plan:
+    """A plan at even loads without its course over time: little to send between processes."""
     plan = plan_job(job, unbalanced=False)
     return replace(plan, report=replace(plan.report, samples=[], spans=[]))
 

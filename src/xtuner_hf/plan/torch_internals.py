@@ -85,13 +85,17 @@ def simulated_streams(clock: Clock) -> Iterator[None]:
 @contextlib.contextmanager
 def fused_loss_tiles() -> Iterator[None]:
     """TRL scores each tile of logits with one Triton kernel on a GPU, and with a dozen operators and their temporaries
-    on a CPU. Planning a GPU takes one operator in place, which reads and writes the tile as the kernel does."""
+    on a CPU. Planning a GPU takes one operator in place, which reads and writes the tile as the kernel does, and the
+    GPU's own way to add products of bf16 up in fp32."""
     module = inspect.getmodule(ChunkedLogProbFunction)
 
     def fused(tile: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         tile.mul_(1)
 
-    with patch.multiple(module, _forward_tile=fused, _backward_tile=fused):
+    def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+    with patch.multiple(module, _forward_tile=fused, _backward_tile=fused, _addmm_fp32=add_product):
         yield
 
 

@@ -69,6 +69,12 @@ class Work:
     operators: int = 0
 
 
+def _narrowest_float(args: Any) -> torch.dtype:
+    """What a matrix product multiplies, whatever it adds up in."""
+    dtypes = (leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+    return min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
+
 class StepTracker(TorchDispatchMode):
     """Observes what runs inside `with`.
 
@@ -214,8 +220,7 @@ class StepTracker(TorchDispatchMode):
             self.ledger.assign(kwargs["out"], memory.REDUCED)
         flops, kind = self.costs.flops(name, args, kwargs)
         moved = bytes_moved(name, args, kwargs, outputs)
-        dtype = next((leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)), torch.float32)
-        seconds = self.costs.seconds(flops, kind, moved, dtype)
+        seconds = self.costs.seconds(flops, kind, moved, _narrowest_float(args))
         work = self.work[self.subphase]
         if flops:
             work.flops[kind] += flops

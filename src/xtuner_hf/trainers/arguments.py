@@ -159,6 +159,13 @@ class MoEArguments(VisionArguments):
             "the first rank runs out (what the others have left is dropped)."
         },
     )
+    print_plan: bool = field(
+        default=False,
+        metadata={
+            "help": "At the first step, let rank 0 plan this run by a dry run (docs/planner.md) and log one line: the "
+            "memory that it will need at most, and the time of a step. Takes up to a minute, once."
+        },
+    )
     watchdog_timeout: float = field(
         default=600.0,
         metadata={

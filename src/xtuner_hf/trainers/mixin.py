@@ -26,6 +26,7 @@ from .checkpointing import CheckpointingMixin
 from .figure import FIGURE_FILE, draw_training
 from .history import HISTORY_FILE, HistoryCallback
 from .loss_weighting import LossWeightingMixin
+from .planning import announce_plan
 from .progress import ProgressLineCallback
 from .sequence import SequenceParallelMixin
 from .setup import check_dataset, check_output_dir, place_adapters, prepare_model
@@ -149,6 +150,8 @@ class MoETrainerMixin(LossWeightingMixin, StabilityMixin, CheckpointingMixin, Se
         self._balance.start_step(self._totals[0], self._totals[1])
         if (fp8 := base_model(self.model).fp8) is not None:
             fp8.new_step()
+        if self.args.print_plan and self.state.global_step == 0 and self.is_world_process_zero():
+            announce_plan(self.model, self.args, batches)
         self._batches, self._micro_batch, self._counted = batches, 0, False
 
     def _model_inputs(self, batch: dict) -> dict:

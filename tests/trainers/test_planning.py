@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import build, moe_config
+from xtuner_hf import MoETrainingArguments, Qwen3MoeForCausalLM
+from xtuner_hf.trainers import planning
+
+
+@pytest.fixture
+def on_h100(monkeypatch):
+    monkeypatch.setattr(planning, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+
+
+@pytest.fixture
+def run(tmp_path):
+    model = build(Qwen3MoeForCausalLM, moe_config())
+    args = MoETrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True, recompute="full")
+    batch = {"input_ids": torch.zeros(1, 96, dtype=torch.int64), "position_ids": torch.arange(32).repeat(3)[None]}
+    return model, args, [batch, batch]
+
+
+def test_a_run_in_the_planners_words(on_h100, run):
+    job = planning.job_of_run(*run)
+    assert (job.seq_len, job.document_len, job.micro_batch, job.accumulation) == (96, 32, 1, 2)
+    assert (job.device.key, job.recompute, job.bf16, job.dtype) == ("h100", "full", True, torch.float32)
+    assert job.layout == run[1].parallel_layout
+
+
+def test_one_line_at_the_start(on_h100, run, caplog):
+    with caplog.at_level(logging.INFO):
+        planning.announce_plan(*run)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == planning.__name__]
+    assert line.startswith("Planned: fits: 3.5 of 79.6 GiB")
+
+
+def test_a_device_that_the_table_lacks(run, caplog):
+    planning.announce_plan(*run)
+    assert "'cpu' is not in the planner's table" in caplog.text
+
+
+def test_shapes_of_rows_with_padding(on_h100, run):
+    model, args, _ = run
+    batch = {"input_ids": torch.zeros(4, 40, dtype=torch.int64), "attention_mask": torch.ones(4, 40)}
+    job = planning.job_of_run(model, args, [batch])
+    assert (job.seq_len, job.micro_batch, job.documents) == (40, 4, [40] * 4)
+    assert replace(job, micro_batch=1).documents == [40]
