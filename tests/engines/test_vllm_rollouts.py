@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.engines.server import VllmServer
@@ -14,6 +15,7 @@ from tests.tiny import build, moe_config
 from tests.trainers.preference_scenario import run_quickly
 from tests.trainers.scenario import Recorder
 from xtuner_hf import MoEGRPOConfig, MoEGRPOTrainer, Qwen3MoeForCausalLM
+from xtuner_hf.moe.lora import adopt_wrappers
 from xtuner_hf.rl.engines.contract import Sampling
 from xtuner_hf.rl.engines.vllm import VllmEngine
 from xtuner_hf.rl.rollouts import EngineRollouts
@@ -86,6 +88,14 @@ def test_a_real_engine_samples_takes_new_weights_and_the_model_learns(tmp_path):
         for version, model in (("1", second), ("2", first), ("3", second)):
             assert sync(model, version)["weight_sync/probe_difference"] < 1e-4
             check_rollouts(engine, model, version)
+
+        # Adapters arrive merged.
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+        adapted = get_peft_model(model_of(0), lora)
+        adopt_wrappers(adapted)
+        assert sync(adapted, "adapted")["weight_sync/probe_difference"] < 1e-4
+        check_rollouts(engine, adapted, "adapted")
 
         # An update that loses tensors on its way does not go unnoticed.
         class Loses(VllmEngine):

@@ -80,7 +80,9 @@ def sync_on_ranks(folder: str) -> dict:
 
 
 def train_on_ranks(folder: str) -> dict:
-    """GRPO with an engine on each rank, R3 and weight sync; then with one that fails on rank 1 alone."""
+    """GRPO with an engine on each rank, R3 and weight sync, also of adapters; then an engine fails on rank 1 alone."""
+    from peft import LoraConfig
+
     from tests.rl.engine import share_of_digits
     from tests.tiny import build, moe_config
     from tests.trainers.preference_scenario import policy, run_quickly
@@ -89,7 +91,7 @@ def train_on_ranks(folder: str) -> dict:
     from xtuner_hf.rl.engines.local import LocalEngine
     from xtuner_hf.rl.rollouts import EngineRollouts
 
-    def trainer_with(engine: Any, name: str, ranks: int):
+    def trainer_with(engine: Any, name: str, ranks: int, **further: Any):
         settings = {
             "batch": 8 // ranks,
             "steps": 3,
@@ -99,7 +101,8 @@ def train_on_ranks(folder: str) -> dict:
             "ep_size": ranks,
         }
         rollouts = EngineRollouts(engine, Path(folder) / "weights", seed=0)
-        return make_trainer(MoEGRPOTrainer, MoEGRPOConfig, str(Path(folder) / name), rollout_func=rollouts, **settings)
+        settings |= {"rollout_func": rollouts} | further
+        return make_trainer(MoEGRPOTrainer, MoEGRPOConfig, str(Path(folder) / name), **settings)
 
     import os
 
@@ -107,6 +110,12 @@ def train_on_ranks(folder: str) -> dict:
     trainer, recorder, _ = trainer_with(LocalEngine(build(Qwen3MoeForCausalLM, moe_config(), seed=5)), "a", ranks)
     run_quickly(trainer)
     result = {"logs": recorder.logs}
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    engine = LocalEngine(build(Qwen3MoeForCausalLM, moe_config(), seed=5))
+    trainer, recorder, _ = trainer_with(engine, "adapted", ranks, peft_config=lora, learning_rate=0.02)
+    run_quickly(trainer)
+    result["adapted"] = recorder.logs
 
     class Broken(LocalEngine):
         def generate(self, *positional: Any, **keywords: Any):

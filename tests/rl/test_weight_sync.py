@@ -19,6 +19,8 @@ from tests.rl.sync_scenario import Collector
 from tests.tiny import build, moe_config
 from xtuner_hf import Qwen3MoeForCausalLM
 from xtuner_hf.checkpoint.export import export_to_hub
+from xtuner_hf.checkpoint.export_plan import ExportError
+from xtuner_hf.moe.lora import adopt_wrappers
 from xtuner_hf.rl.engines.contract import EngineError
 from xtuner_hf.rl.engines.local import LocalEngine
 from xtuner_hf.rl.weight_sync import WeightSync, WeightSyncError
@@ -120,9 +122,49 @@ def test_a_quantised_engine_gets_its_own_format(case, tmp_path):
     assert [n for n, t in original.items() if not same_bytes(sent[n], t)] == ["model.norm.weight"]
 
 
-def test_adapters_are_refused(tmp_path):
-    model = get_peft_model(model_of(0), LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(TypeError, match="merge them first"):
+def adapted(seed: int = 0):
+    """LoRA on attention and experts, away from its start at zero."""
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=targets, init_lora_weights=False)
+    torch.manual_seed(seed)
+    model = get_peft_model(model_of(0), lora)
+    adopt_wrappers(model)
+    return model
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+def test_adapters_arrive_merged_and_stay_apart_in_the_trainer(dialect, tmp_path):
+    trainer, engine = adapted(), LocalEngine(model_of(1))
+    with EngineServer(dialect, engine) as server:
+        sync = WeightSync(server.client(try_timeout=20), tmp_path / "weights")
+        before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
+        assert sync(trainer, "1")["weight_sync/probe_difference"] < 1e-4
+        assert_same(trainer.state_dict(), before)
+        with torch.no_grad():
+            trainer.base_model.model.model.layers[2].mlp.experts.lora_B["default"].weight *= 3
+        assert sync._probe(trainer) > 1e-3
+        assert sync(trainer, "2")["weight_sync/probe_difference"] < 1e-4
+    merged = trainer.merge_and_unload().state_dict()
+    assert engine.model.state_dict().keys() == merged.keys()
+    for name, tensor in engine.model.state_dict().items():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_that_an_engine_drops_are_named(tmp_path):
+    """The classes that are zeroed to find out are so with their adapters."""
+    trainer = adapted()
+    before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
+    with (
+        EngineServer("vllm", LocalEngine(model_of(0)), drops="experts") as server,
+        pytest.raises(WeightSyncError, match="it takes no notice of its experts"),
+    ):
+        WeightSync(server.client(try_timeout=20), tmp_path / "weights")(trainer, "1")
+    assert_same(trainer.state_dict(), before)
+
+
+def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
+    model = get_peft_model(model_of(0), LoraConfig(target_modules=["q_proj"], r=2, use_dora=True))
+    with pytest.raises(ExportError, match="not plain LoRA"):
         WeightSync(Collector(), tmp_path / "weights")(model, "1")
 
 
@@ -152,7 +194,7 @@ def test_training_with_an_engine_on_each_rank(tmp_path):
     (single,) = run_on_ranks("tests.rl.sync_scenario:train_on_ranks", 1, folder=str(tmp_path / "1"))
     ranks = run_on_ranks("tests.rl.sync_scenario:train_on_ranks", 2, folder=str(tmp_path / "2"))
     for result in (single, *ranks):
-        for log in result["logs"]:
+        for log in result["logs"] + result["adapted"]:
             assert log["weight_sync/probe_difference"] < 1e-4
             assert abs(log["mismatch/k3"]) < 1e-8  # not negative but by rounding
             assert log["mismatch/logp_difference_max"] < 1e-4

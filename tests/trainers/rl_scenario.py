@@ -30,15 +30,21 @@ def make_trainer(
     **arguments: Any,
 ):
     """A trainer of class `kind`, its recorder and its engine (None: the model samples itself)."""
-    given = ("model", "peft_config", "train_dataset", "rollout_func", "processing_class")
-    keywords = {key: arguments.pop(key) for key in given if key in arguments}
+    names = ("model", "peft_config", "train_dataset", "rollout_func", "processing_class", "environment_factory")
+    keywords = {key: arguments.pop(key) for key in names if key in arguments}
     recorder = Recorder()
     stub = None
     if engine is not None:
         engine = dict(engine)
         scorer = policy(engine.pop("seed", 0)).eval() if engine.pop("scores", False) else None
         stub = StubEngine(scorer, **engine)
-    defaults = {"save_strategy": "no", "gradient_checkpointing": False, "max_grad_norm": 0.0, "learning_rate": 1e-3}
+    defaults = {
+        "max_completion_length": 12,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "max_grad_norm": 0.0,
+        "learning_rate": 1e-3,
+    }
     args = config_class(
         output_dir=folder,
         per_device_train_batch_size=batch,
@@ -46,7 +52,6 @@ def make_trainer(
         max_steps=steps,
         logging_steps=1,
         num_generations=GROUP,
-        max_completion_length=12,
         shuffle_dataset=False,
         report_to=[],
         use_cpu=True,

@@ -292,6 +292,17 @@ def test_r2_replays_what_the_old_log_probabilities_chose(tmp_path):
     assert not all(torch.equal(*pair) for pair in zip(native[2], second, strict=True))
 
 
+def test_r2_is_not_of_the_reference(tmp_path):
+    """With adapters the reference is the same model; on policy its forward would be the only one, and recorded."""
+    lora = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+    settings = {"peft_config": lora, "beta": 0.1, "engine": {}, **KERNEL}
+    trainer, _, _ = make_trainer(MoEGRPOTrainer, MoEGRPOConfig, str(tmp_path), router_replay="R2", **settings)
+    plain, _, _ = make_trainer(MoEGRPOTrainer, MoEGRPOConfig, str(tmp_path / "plain"), **settings)
+    batch = rollouts(trainer, drift=0.0)
+    assert "routed_experts" not in batch
+    assert torch.equal(batch["ref_per_token_logps"], rollouts(plain, drift=0.0)["ref_per_token_logps"])
+
+
 # ---- train-inference mismatch ----
 
 

@@ -26,8 +26,14 @@ SIGNATURES = {
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         "_generate": ["self", "prompts"],
         "_generate_and_score_completions": ["self", "inputs"],
+        "_generate_single_turn": [
+            *("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"),
+        ],
         "_prepare_inputs": ["self", "generation_batch"],
-        "_tokenize_prompts": ["self", "prompts"],
+        "_tool_call_loop": [
+            *("self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images"),
+            "multimodal_fields",
+        ],
     },
     "KTOTrainer": {
         "_compute_kl_logps": ["self", "model", "batch"],
@@ -43,7 +49,7 @@ ATTRIBUTES = {
     ),
     "MoEDAPOTrainer": (
         *("aux_loss_enabled", "beta", "ref_model", "temperature", "num_generations", "max_completion_length"),
-        *("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights", "rollout_func"),
+        *("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights", "state"),
         *("top_p", "top_k", "min_p", "repetition_penalty", "eos_token_ids"),
         *("_step", "_current_train_step_time", "_entropy_bonus_enabled", "_metrics", "_tokenizer", "_buffered_inputs"),
     ),

@@ -177,11 +177,22 @@ def export_merged(
     Raises:
         ExportError: for adapters that are not plain LoRA on linear layers or expert parameters.
     """
+    source = merged_tensors(model, group)
+    with without_adapters(model):
+        export_to_hub(base_model(model), folder, source=source, dtype=dtype, group=group)
+
+
+def merged_tensors(model: Any, group: dist.ProcessGroup | None = None) -> MergedTensors:
+    """The tensors of an adapted model, with its active adapters merged into what is fetched of them. Collective.
+
+    Raises:
+        ExportError: for adapters that are not plain LoRA on linear layers or expert parameters.
+    """
     base = base_model(model)
     adapters = dict(_adapters(base))
     with without_adapters(model):
-        source = MergedTensors(dict(base.state_dict()), adapters, group)
-        export_to_hub(base, folder, source=source, dtype=dtype, group=group)
+        tensors = dict(base.state_dict())
+    return MergedTensors(tensors, adapters, group)
 
 
 def _adapters(base: Any) -> Iterator[tuple[str, list[Adapter]]]:

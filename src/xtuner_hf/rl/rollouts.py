@@ -1,10 +1,13 @@
-"""Rollouts of an engine for TRL's `rollout_func`: prompts in, completions with log-probabilities and routes out.
+"""Rollouts of an engine in TRL's sampling loop: token ids in, token ids with log-probabilities and routes out.
 
     engine = VllmEngine("http://localhost:8000")
     MoEGRPOTrainer(..., rollout_func=EngineRollouts(engine, folder="/dev/shm/weights"))
 
-Each rank asks the engine for its own prompts. What fails on one rank is raised on all, after the engine's deadline at
-most: no rank is left waiting in a collective.
+    begin    once a batch, on all ranks: the engine gets the trainer's weights if they are new
+    turn     each rank by itself, as often as its samples call tools; the engine continues the very tokens that it wrote
+    finish   what failed on one rank is raised on all
+
+So ranks may take different numbers of turns, and none is left waiting in a collective.
 """
 
 from __future__ import annotations
@@ -12,21 +15,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ..models.base import fail_together
+from ..moe.replay import NATIVE
 from .engines.contract import RolloutEngine, Sampling
 from .weight_sync import WeightSync
 
 
 class EngineRollouts:
-    """A `rollout_func` that samples with an engine and sends it the trainer's weights after each optimizer step.
+    """What `MoEGRPOTrainer` and `MoEDAPOTrainer` take as `rollout_func` to sample with an engine, in one turn or many.
 
     Args:
         engine: of `rl/engines`.
         folder: for new weights, on storage that all ranks and the engine share; it is emptied.
         sync: whether weights are sent. False for engines whose weights somebody else sends, or stay.
-        seed: of the first sample of the first call; None for chance.
+        seed: of the first sample of the first turn; None for chance.
         sync_options: further arguments of `WeightSync` (`dtype`, `tolerance`, `quantised_like`, ...).
     """
 
@@ -44,26 +49,59 @@ class EngineRollouts:
         self._weight_sync: WeightSync | None = None
         self._synced_step: int | None = None
         self._sampled = 0
+        self._turns: list[tuple[list[int], torch.Tensor]] = []  # tokens so far, and their routes
+        self._failure: Exception | None = None
 
-    def __call__(self, prompts: list, trainer: Any) -> dict[str, list]:
-        """As TRL asks for it, and `routed_experts` under router replay "R3"."""
+    def begin(self, trainer: Any) -> None:
+        """Collective."""
+        self._turns, self._failure = [], None
         if self.sync and trainer.state.global_step != self._synced_step:
             self._send_weights(trainer)
-        prompt_ids, images, _ = trainer._tokenize_prompts(prompts)
-        if images is not None:
-            raise ValueError("EngineRollouts samples from text alone; leave rollout_func out for prompts with images.")
+
+    def turn(self, prompt_ids: list[list[int]], trainer: Any) -> tuple[list[list[int]], list[list[float]]]:
+        """A completion of each prompt, and its log-probabilities. After a failure, of nothing but the end."""
         want_routes = trainer.args.router_replay == "R3"
+        try:
+            if self._failure is None:
+                completions = self.engine.generate(prompt_ids, self._sampling(trainer), want_routes=want_routes)
+        except Exception as error:
+            self._failure = error
+        if self._failure is not None:
+            return [[trainer.eos_token_ids[0]] for _ in prompt_ids], [[0.0] for _ in prompt_ids]
+        self._sampled += len(prompt_ids)
+        for prompt, completion in zip(prompt_ids, completions, strict=True):
+            if completion.routed_experts is not None:
+                routes = self._filled(prompt, completion.routed_experts)
+                self._turns.append((prompt + completion.token_ids, routes))
+        return [c.token_ids for c in completions], [c.logprobs for c in completions]
+
+    def finish(self) -> None:
+        """Collective: raises what failed in a turn, on any rank."""
         with fail_together(sharded=dist.is_initialized()):
-            completions = self.engine.generate(prompt_ids, self._sampling(trainer), want_routes=want_routes)
-        self._sampled += len(prompts)
-        output = {
-            "prompt_ids": prompt_ids,
-            "completion_ids": [completion.token_ids for completion in completions],
-            "logprobs": [completion.logprobs for completion in completions],
-        }
-        if want_routes:
-            output["routed_experts"] = [completion.routed_experts for completion in completions]
-        return output
+            if self._failure is not None:
+                raise self._failure
+
+    def routes_of(self, token_ids: list[int]) -> torch.Tensor | None:
+        """[tokens - 1, layers, K] of a sample of any number of turns, as the last one reported them."""
+        for known, routes in reversed(self._turns):
+            if known[: len(token_ids)] == token_ids:  # TRL may have cut it
+                return routes[: len(token_ids) - 1]
+        return None
+
+    def _filled(self, prompt: list[int], routes: torch.Tensor) -> torch.Tensor:
+        """Rows that the engine did not compute again (its prefix cache), from the turn that computed them."""
+        if not (routes[: len(prompt) - 1] == NATIVE).any():
+            return routes
+        earlier = self._routes_of_start(prompt)
+        if earlier is None:
+            return routes
+        start = routes[: len(earlier)]
+        return torch.cat([torch.where(start == NATIVE, earlier.to(start), start), routes[len(earlier) :]])
+
+    def _routes_of_start(self, prompt: list[int]) -> torch.Tensor | None:
+        """Those of the longest sample so far with which the prompt begins."""
+        starts = [(len(known), routes) for known, routes in self._turns if prompt[: len(known)] == known]
+        return max(starts, key=lambda start: start[0])[1] if starts else None
 
     def _send_weights(self, trainer: Any) -> None:
         step = trainer.state.global_step
@@ -78,7 +116,7 @@ class EngineRollouts:
     def _sampling(self, trainer: Any) -> Sampling:
         seed = None
         if self.seed is not None:
-            # Ranks and calls draw differently, a repeated run the same.
+            # Ranks and turns draw differently, a repeated run the same.
             rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
             seed = self.seed + ranks * self._sampled + rank * 1_000_003
         return Sampling(

@@ -7,7 +7,8 @@
 
 Through storage that trainer and engine share: a RAM disk (/dev/shm) on one node, a network file system on several. It
 holds one layer at a time, or the checkpoint for an engine that reads whole folders (SGLang). No rank ever holds more of
-an expert tensor than its own part and one expert.
+an expert tensor than its own part and one expert. Adapters are sent merged into the weights that they stand on: an
+engine needs to know nothing of them, and the trainer keeps them apart.
 
 While the engine reads, the ranks wait for rank 0: as long as its deadline at most.
 """
@@ -29,14 +30,16 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from ..checkpoint.adapter import merged_tensors
 from ..checkpoint.export import assign_items, hub_tensors, schedule, write_configs
 from ..checkpoint.export_plan import Item, plan_export
 from ..checkpoint.hub_source import HubSource
 from ..checkpoint.passthrough import SourceEncoder
 from ..checkpoint.quantised_format import TensorSpec
 from ..checkpoint.safetensors_stream import SafetensorsWriter, TensorInfo
-from ..checkpoint.sources import LiveTensors
+from ..checkpoint.sources import LiveTensors, TensorSource
 from ..models.base import fail_together
+from ..parallel.adapters import base_model, is_adapted, without_adapters
 from ..parallel.shard import local_part
 from .engines.contract import EngineError, RolloutEngine
 
@@ -95,17 +98,16 @@ class WeightSync:
         self.rank, self.world_size = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
         self._drives = self.rank == 0 or not engine.shared
 
-    def __call__(self, model: torch.nn.Module, version: str) -> dict[str, float]:
+    def __call__(self, model: Any, version: str) -> dict[str, float]:
         """Send the weights; metrics of the sync.
 
         Raises:
             EngineError: the engine did not take them.
             WeightSyncError: it did, and computes something else; names the tensors that it ignored or misread.
         """
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(base_model(model), PreTrainedModel):
             raise TypeError(
-                f"Weights of {type(model).__name__} cannot be sent under Hub names. With adapters, merge them first "
-                "(model.merge_and_unload()) or train without."
+                f"Weights of {type(model).__name__} cannot be sent under Hub names: give it a model of ours."
             )
         started = time.perf_counter()
         self._together(self.engine.pause)
@@ -130,28 +132,30 @@ class WeightSync:
 
     # ---- sending ----
 
-    def _send(self, model: PreTrainedModel, version: str, only: Callable[[str], bool] = lambda name: True) -> int:
+    def _send(self, model: Any, version: str, only: Callable[[str], bool] = lambda name: True) -> int:
         """Bytes of all tensors that were sent; those whose Hub name is chosen."""
         if self.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         self._barrier()
         self._together(self.engine.begin_update)
+        source = self._source(model)
         num_bytes = 0
         weight_map: dict[str, str] = {}
-        for files in self._written_layers(model, only):
-            num_bytes += sum(info.num_bytes for tensors in files.values() for info in tensors)
-            weight_map |= {info.name: path.name for path, tensors in files.items() for info in tensors}
-            if not self.engine.reads_whole_folder:
-                self._together(self.engine.load, list(files))
-                self._barrier()  # each rank's own engine has read them
-                if self.rank == 0:
-                    for path in files:
-                        path.unlink()
+        with without_adapters(model):
+            for files in self._written_layers(base_model(model), source, only):
+                num_bytes += sum(info.num_bytes for tensors in files.values() for info in tensors)
+                weight_map |= {info.name: path.name for path, tensors in files.items() for info in tensors}
+                if not self.engine.reads_whole_folder:
+                    self._together(self.engine.load, list(files))
+                    self._barrier()  # each rank's own engine has read them
+                    if self.rank == 0:
+                        for path in files:
+                            path.unlink()
         if self.engine.reads_whole_folder and self.rank == 0:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-            write_configs(model, self.folder, self.dtype)
+            write_configs(base_model(model), self.folder, self.dtype)
         self._together(self.engine.end_update, version, self.folder)
         self._barrier()
         if self.rank == 0:
@@ -160,10 +164,9 @@ class WeightSync:
 
     @torch.no_grad()
     def _written_layers(
-        self, model: PreTrainedModel, only: Callable[[str], bool]
+        self, model: PreTrainedModel, source: TensorSource, only: Callable[[str], bool]
     ) -> Iterator[dict[Path, list[TensorInfo]]]:
         """The files of each layer, once all ranks have written theirs."""
-        source = LiveTensors(dict(model.state_dict()), self.group)
         items = plan_export(model, source.meta, self.dtype)
         for number, layer in enumerate(_by_layer([item for item in items if any(map(only, _names(item)))])):
             by_rank = assign_items(layer, source, self.world_size)
@@ -181,6 +184,12 @@ class WeightSync:
                 writer.close()
             self._barrier()
             yield files
+
+    def _source(self, model: Any) -> TensorSource:
+        """Whole tensors of the model; those with adapters on them are merged part by part, as they are sent."""
+        if is_adapted(model):
+            return merged_tensors(model, self.group)
+        return LiveTensors(dict(model.state_dict()), self.group)
 
     def _stored(self, items: list[Item]) -> list[TensorInfo]:
         """What a file holds of these items; wide dtypes first, which keeps all aligned."""
@@ -203,24 +212,24 @@ class WeightSync:
 
     # ---- the probe ----
 
-    def _probe(self, model: PreTrainedModel) -> float:
+    def _probe(self, model: Any) -> float:
         """Largest difference of a token's log-probability between engine and trainer, in nats."""
         engine, trainer = self._engine_scores(model), _trainer_scores(model, self._text(model))
         return float((engine - trainer).abs().max().nan_to_num(nan=torch.inf))
 
-    def _text(self, model: PreTrainedModel) -> list[int]:
+    def _text(self, model: Any) -> list[int]:
         """Random tokens, the same in every sync: they reach experts that fluent text may not."""
         vocab_size = model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (self.probe_tokens,), generator=generator).tolist()
 
-    def _engine_scores(self, model: PreTrainedModel) -> torch.Tensor:
+    def _engine_scores(self, model: Any) -> torch.Tensor:
         scores = [self._together(self.engine.score, self._text(model))]
         if self.group is not None and self.engine.shared:
             dist.broadcast_object_list(scores, src=0, group=self.group)
         return torch.tensor(scores[0], dtype=torch.float64)
 
-    def _explain(self, model: PreTrainedModel, version: str, difference: float) -> str:
+    def _explain(self, model: Any, version: str, difference: float) -> str:
         """Which tensors the engine ignores or misreads.
 
         Each class is zeroed in the trainer and sent alone. An engine whose answer does not move ignores it; one that

@@ -30,6 +30,7 @@ from ..parallel.adapters import is_reference
 from ..rl.dynamic_sampling import Rollouts
 from ..rl.mismatch import log_ratios, mismatch_metrics
 from ..rl.rewards import with_deadline
+from ..rl.rollouts import EngineRollouts
 from .grpo_config import MoEGRPOConfig
 from .trl import ByKeyword, UnpaddedMixin, has_adapters, named_arguments, reference_model
 
@@ -63,6 +64,10 @@ class MoEGRPOTrainer(UnpaddedMixin, ByKeyword, GRPOTrainer):
         self._rollout_routes: Any = None  # of the engine, by sample
         self._routes_BSLK: torch.Tensor | None = None
         self._lengths: list[tuple[int, int]] = []
+        self._engine: EngineRollouts | None = None
+        self._is_calling_tools = False
+        if isinstance(arguments.get("rollout_func"), EngineRollouts):
+            self._engine = arguments.pop("rollout_func")  # it takes TRL's place in every turn, and leaves it the loop
         with contextlib.nullcontext() if reference is None else _without_reference(args):
             super().__init__(model, args, **arguments)
         if reference is not None:
@@ -150,7 +155,16 @@ class MoEGRPOTrainer(UnpaddedMixin, ByKeyword, GRPOTrainer):
         return rollouts
 
     def _generate(self, prompts: list):
-        generated = self.from_first_rank(super()._generate(prompts))
+        if self._engine is not None:
+            self._engine.begin(self)
+        generated = super()._generate(prompts)
+        prompt_ids, completion_ids, _, _, _, extra_fields, *_ = generated
+        if self._engine is not None:
+            self._engine.finish()
+            if self.args.router_replay == "R3":
+                samples = [p + c for p, c in zip(prompt_ids, completion_ids, strict=True)]
+                extra_fields["routed_experts"] = [self._engine.routes_of(sample) for sample in samples]
+        generated = self.from_first_rank(generated)
         prompt_ids, completion_ids, _, _, _, extra_fields, images, *_ = generated
         # TRL has None for a prompt without images among others that have some, and no processor takes that.
         for index, of_prompt in enumerate(images or []):
@@ -164,6 +178,30 @@ class MoEGRPOTrainer(UnpaddedMixin, ByKeyword, GRPOTrainer):
                 "rollout_func hand them on), or use 'R2'."
             )
         return generated
+
+    def _generate_single_turn(self, prompt_ids: list, images: Any, *others: Any, **keywords: Any):
+        if self._engine is None:
+            if self._is_calling_tools:
+                self._any_rank_samples(True)
+            return super()._generate_single_turn(prompt_ids, images, *others, **keywords)
+        if images is not None:
+            raise ValueError("EngineRollouts samples from text alone; leave rollout_func out for prompts with images.")
+        return self._engine.turn(prompt_ids, self)
+
+    def _tool_call_loop(self, *conversations: Any):
+        self._is_calling_tools = True
+        try:
+            result = super()._tool_call_loop(*conversations)
+        finally:
+            self._is_calling_tools = False
+        # To sample with a sharded model takes all ranks, and they take different numbers of turns.
+        while self._engine is None and self._any_rank_samples(False):
+            super()._generate_single_turn([[self.eos_token_ids[0]]], None, {}, 1)
+        return result
+
+    def _any_rank_samples(self, here: bool) -> bool:
+        flag = torch.tensor(int(here), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _known_routes(self, prompt_width: int, width: int) -> torch.Tensor | None:
         if self._routes_BSLK is None and self.args.router_replay == "R3":
