@@ -247,8 +247,8 @@ def plan(shape: str, tokens: list[int], head_tokens: int, device: str) -> list[t
         for name, options in OPTIMIZERS.items()
         if on_gpu or options is None or not options[1]
     ]
-    # Full logits at the shortest length alone: the longest would be 60 GB.
-    cases += [("head", "head", "full logits", 2048), ("head", "head", "chunked", 2048)]
+    # Full logits at short lengths alone: the longest would be 60 GB.
+    cases += [("head", "head", case, short) for short in (2048, 4096) for case in ("full logits", "chunked")]
     return [*cases, ("head", "head", "chunked", head_tokens)]
 
 

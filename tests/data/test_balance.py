@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xtuner_hf.data.balance import EqualWorkSampler, equal_work
+from xtuner_hf.data.balance import EqualWorkSampler, TokenBudget, TokenBudgetSampler, equal_work
 from xtuner_hf.models.flops import TrainingFlops
 
 RANKS, ACCUMULATION, ROWS = 8, 2, 128
@@ -81,3 +81,83 @@ def test_small_ones():
     assert equal_work([1.0, 5.0], 2) == [[1], [0]]
     with pytest.raises(ValueError, match="1 rows are too few for 2 micro-batches"):
         equal_work([1.0], 2)
+
+
+# ---- a budget of tokens ----
+
+
+def token_lengths(number: int = 512) -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(number, generator=generator).exp().mul(600).long().clamp(16, 4096).tolist()
+
+
+def of_budget(
+    lengths: list[int], padded: bool, dp_size: int = RANKS, grad_accum: int = ACCUMULATION, **options
+) -> list:
+    """By rank: its micro-batches in order."""
+    samplers = [
+        TokenBudgetSampler(
+            lengths,
+            options.get("work", lengths),
+            TokenBudget(4096, padded),
+            **{"dp_size": dp_size, "grad_accum": grad_accum, "rank": rank, "seed": 3},
+            drop_last=options.get("drop_last", False),
+        )
+        for rank in range(dp_size)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(options.get("epoch", 0))
+    batches = [list(sampler) for sampler in samplers]
+    assert all(len(of_rank) == len(sampler) for of_rank, sampler in zip(batches, samplers, strict=True))
+    return batches
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_micro_batch_has_more_tokens_than_the_budget(padded):
+    lengths = token_lengths()
+    batches = [rows for of_rank in of_budget(lengths, padded) for rows in of_rank]
+    tokens = [max(map(lengths.__getitem__, rows)) * len(rows) if padded else 0 for rows in batches]
+    real = [sum(lengths[row] for row in rows) for rows in batches]
+    assert max(tokens if padded else real) <= 4096
+    assert sorted({row for rows in batches for row in rows}) == list(range(len(lengths)))
+    fill = sum(real) / (4096 * len(batches))
+    print(f"tokens of a budget of 4096, {'padded' if padded else 'packed'}: {fill:.3f}")
+    assert fill > (0.5 if padded else 0.85)
+
+
+def test_a_step_is_the_same_for_any_split_into_ranks():
+    """So that the step number is a position in the data at another number of ranks too."""
+    lengths = token_lengths()
+    by_layout = []
+    for dp_size, grad_accum in ((8, 2), (4, 4), (1, 16)):
+        batches = of_budget(lengths, False, dp_size, grad_accum, epoch=2)
+        steps = range(len(batches[0]) // grad_accum)
+        of_step = [[rows for of_rank in batches for rows in of_rank[s * grad_accum :][:grad_accum]] for s in steps]
+        by_layout.append([sorted(map(sorted, step)) for step in of_step])
+    assert by_layout[0] == by_layout[1] == by_layout[2]
+    other_epoch = of_budget(lengths, False, 1, 16, epoch=3)
+    assert other_epoch != of_budget(lengths, False, 1, 16, epoch=2)
+    assert sorted(map(sorted, other_epoch[0])) == sorted(rows for step in by_layout[2] for rows in step)
+
+
+def test_a_rest_of_too_few_rows():
+    """5 rows that fill a micro-batch each, 4 micro-batches a step: one row is left."""
+    (batches,) = of_budget([4096] * 5, False, 1, 4)
+    assert sorted(map(len, batches)) == [1] * 8
+    assert {row for rows in batches for row in rows} == set(range(5))
+    (batches,) = of_budget([4096] * 5, False, 1, 4, drop_last=True)
+    assert len(batches) == 4
+
+
+def test_work_is_equal_within_the_budget():
+    """Equal tokens of one long document and of many short ones are not equal work."""
+    lengths = token_lengths()
+    flops = TrainingFlops(per_token=1e6, per_squared_length=2e3)
+    work = [flops(length, length**2) for length in lengths]
+    loads = []
+    for weights in (lengths, work):
+        batches = of_budget(lengths, False, work=weights)
+        slots = torch.tensor([[sum(work[row] for row in rows) for rows in of_rank] for of_rank in batches])
+        loads.append((slots.amax(0).sum() / slots.mean(0).sum()).item())
+    print(f"slowest rank over mean: {loads[0]:.3f} by tokens, {loads[1]:.3f} by work")
+    assert loads[1] < 0.9 * loads[0]

@@ -118,3 +118,28 @@ def test_streamed_rows(caplog):
     with pytest.raises(ValueError, match="train: a row has 12 tokens, more than max_length=10"):
         list(fit_rows(streamed, 10, "error", name="train"))
     assert documents(pack_rows(streamed, 32)) == documents(pack_rows(dataset, 32))
+
+
+def test_packed_rows_are_split_between_documents():
+    """12 documents in rows of up to 64 tokens, for a window of 30: documents stay whole, but for one of 40 tokens."""
+    dataset = rows_of(*[9, 14, 7, 21, 40, 3, 11, 11, 8, 2, 25, 5])
+    packed = pack_rows(dataset, 64)
+    split = fit_rows(packed, 30, "split")
+    assert row_lengths(split).max() <= 30
+    assert [token for row in split["input_ids"] for token in row] == [t for row in packed["input_ids"] for t in row]
+    pieces = [ids for ids, _ in documents(split)]
+    whole = [ids for ids in dataset["input_ids"] if len(ids) <= 30]
+    assert [ids for ids in pieces if ids in whole] == sorted(whole)
+    assert [len(ids) for ids in pieces if ids not in whole] == [30, 10]
+    skipped = fit_rows(packed, 30, "skip")
+    assert {len(row) > 30 for row in packed["input_ids"]} == {True, False}
+    assert skipped["input_ids"][:] == [row for row in packed["input_ids"] if len(row) <= 30]
+    assert fit_rows(packed, 64, "error") is packed
+
+
+def test_packed_rows_that_do_not_fit_are_named():
+    packed = pack_rows(rows_of(9, 14, 30), 64)
+    with pytest.raises(ValueError, match=r"1 of 1 rows have more than max_length=30 tokens \(the longest 53"):
+        fit_rows(packed, 30, "error")
+    with pytest.raises(ValueError, match="dataset is packed: set on_long_row to 'split', which cuts between"):
+        fit_rows(packed, 30, "truncate")

@@ -36,17 +36,28 @@ def chunked(hidden_TH, weight_VH, labels_T):
     return chunked_cross_entropy(hidden_TH, weight_VH, None, labels_T)
 
 
+SEEDS = 16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradients_are_as_near_to_fp64_as_those_over_full_logits(dtype):
-    hidden, weight, labels = inputs(dtype)
-    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    expected = loss_and_grads(full_logits_loss, *exact, labels)
-    plain = loss_and_grads(full_logits_loss, *(t.detach().clone().requires_grad_() for t in (hidden, weight)), labels)
-    found = loss_and_grads(chunked, hidden, weight, labels)
-    for name, a, b, reference in zip(("loss", "hidden", "weight"), found, plain, expected, strict=True):
-        error, plain_error = ((x - reference).norm() / reference.norm() for x in (a, b))
-        # A quarter more for another order of the same sums; the dtype's own step is as near as a result can be.
-        assert error < max(1.25 * plain_error, torch.finfo(dtype).eps), f"{name}: {error} against {plain_error}"
+    """The mean error over seeds is no larger, but for the fp32 gradient of hidden states: a few percent, because the
+    normaliser's log is kept as one fp32 number, whose rounding all words of a token share."""
+    errors = {"chunked": torch.zeros(3, dtype=torch.float64), "full": torch.zeros(3, dtype=torch.float64)}
+    for seed in range(SEEDS):
+        hidden, weight, labels = inputs(dtype, seed)
+        exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+        expected = loss_and_grads(full_logits_loss, *exact, labels)
+        for name, function in (("chunked", chunked), ("full", full_logits_loss)):
+            found = loss_and_grads(function, *(t.detach().clone().requires_grad_() for t in (hidden, weight)), labels)
+            relative = [(x - y).norm() / y.norm() for x, y in zip(found, expected, strict=True)]
+            errors[name] += torch.stack(relative).detach() / SEEDS
+    ratios = (errors["chunked"] / errors["full"]).tolist()
+    print(f"{dtype}: error of chunked / full: loss {ratios[0]:.3f}, hidden {ratios[1]:.3f}, weight {ratios[2]:.3f}")
+    loss, hidden, weight = ratios
+    assert loss < 1
+    assert hidden < (1.05 if dtype == torch.float32 else 1)
+    assert weight < 1.005
 
 
 class Sizes(TorchDispatchMode):

@@ -238,9 +238,17 @@ def test_sharded_training_with_experts_in_parallel():
     small = {"optimizer_states": "bf16", "optimizer_offload": True, "optimizer_in_backward": True, "recompute": "full"}
     clipped = {"max_grad_norm": 0.5}
     each = [layout, layout | small, layout | clipped, layout | clipped | {"optimizer_offload": True}]
-    (plain, all_options, plain_clipped, offloaded), others = run_on_ranks(
+    shared = {"batch": 8, "sp_size": 2, "ep_size": 2}  # both ranks have a part of every sequence
+    each += [shared, shared | small, shared | clipped | {"optimizer_offload": True}]
+    (plain, all_options, plain_clipped, offloaded, *of_shared), others = run_on_ranks(
         "tests.memory.runs:train_each", 2, each_options=each
     )
+    for run, expected in zip(of_shared, (plain, all_options, plain_clipped), strict=True):
+        # What is rounded at random is rounded alike, but where 1e-7 of a difference tips it over, or a gradient near 0.
+        assert worst(run, expected) < 2e-3
+        assert [log["grad_norm"] for log in run["logs"]] == pytest.approx(
+            [log["grad_norm"] for log in expected["logs"]], rel=1e-5
+        )
     assert worst(offloaded, plain_clipped) == 0
     assert worst(all_options, plain) <= 0.02
     assert all_options["most_gradients"] < plain["most_gradients"] / 2

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Trainer
 
+from tests.families import FAMILIES
 from tests.moe.ep_cases import WAITING_OPERATORS, OperatorSpy
 from tests.parallel.loading import load
 from tests.tiny import build, moe_config
@@ -118,11 +119,29 @@ def reduction_and_casts(num_ranks: int, bf16_parameters: bool) -> dict:
 
 def prefetch_order(num_ranks: int) -> dict:
     """Names of the units that FSDP prefetches, in order, forward and backward."""
-    model = build(Qwen3MoeForCausalLM, moe_config())
-    shard_model(model, ParallelLayout(world_size=num_ranks, ranks_per_node=num_ranks).distributed_config())
+    return _prefetched(_shard(build(Qwen3MoeForCausalLM, moe_config()), num_ranks))
+
+
+def prefetch_of_mtp(num_ranks: int) -> list[dict]:
+    """The same with a multi-token prediction layer that is kept, then trained, then kept again."""
+    model = FAMILIES["deepseek_v3"].ours(torch.float32, init={"mtp_loss_coef": 0.0}, num_nextn_predict_layers=1)
+    model = _shard(model, num_ranks).train()
+    found = []
+    for coef in (0.0, 0.3, 0.0):
+        model.set_mtp_loss_coef(coef)
+        found.append(_prefetched(model))
+    return found
+
+
+def _shard(model, num_ranks: int):
+    return shard_model(model, ParallelLayout(world_size=num_ranks, ranks_per_node=num_ranks).distributed_config())
+
+
+def _prefetched(model) -> dict:
     input_ids = torch.arange(8)[None]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.nan_to_num().backward()
+        output = model(input_ids=input_ids, labels=input_ids, use_cache=False, chunked_loss=True)
+        output.loss.nan_to_num().backward()
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
     found: dict = {}
     for direction in ("forward", "backward"):

@@ -53,7 +53,10 @@ def make_trainer(
     base = model or FAMILIES[family].ours(torch.float32)
     args = (xtuner_hf.MoESFTConfig if is_sft else xtuner_hf.MoETrainingArguments)(
         output_dir=output_dir,
-        per_device_train_batch_size=ROWS // accumulation // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=ROWS
+        * arguments.get("sp_size", 1)
+        // accumulation
+        // int(os.environ.get("WORLD_SIZE", "1")),
         gradient_accumulation_steps=accumulation,
         max_steps=STEPS,
         save_steps=2,

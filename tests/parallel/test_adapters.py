@@ -26,11 +26,13 @@ LAYOUTS = [
     {"ep_size": 2, "accumulation": 2, "save_strategy": "no", "gradient_checkpointing": True},
     {"ep_size": 2, "dp_replicate_size": 2, "save_strategy": "no", "expert_dispatch": "all_to_all"},
     {"ep_size": 1, "save_strategy": "no", "experts_kernel": "reference"},
+    {"sp_size": 2, "ep_size": 2, "accumulation": 2, "save_strategy": "no", "recompute": "selective"},
     {"ep_size": 2, "save_strategy": "no", "family": "gpt_oss"},
+    {"sp_size": 4, "ep_size": 2, "save_strategy": "no", "family": "gpt_oss"},
 ]
 SFT = {"kind": "MoESFTTrainer", "save_strategy": "no"}
 # By the reference that they are compared with.
-DOORS = {"random": {"ep_size": 2, "save_strategy": "no"}, "sft": {"ep_size": 2, **SFT}}
+DOORS = {"random": {"sp_size": 2, "ep_size": 2, "save_strategy": "no"}, "sft": {"ep_size": 2, **SFT}}
 BF16 = {"ep_size": 2, "save_strategy": "no", "bf16": True, "export": True}
 
 
@@ -72,7 +74,7 @@ def assert_same(run: dict, reference: dict, tolerance: float = 1e-5) -> None:
         assert (run["adapter"][name] - expected).norm() < tolerance * expected.norm(), name
 
 
-@pytest.mark.parametrize("index", range(2, 6))
+@pytest.mark.parametrize("index", range(2, 7))
 def test_every_layout_trains_the_same_adapter(index, on_4_ranks, references):
     run = on_4_ranks[index]
     assert_same(run, references["random"])
@@ -84,7 +86,8 @@ def test_every_layout_trains_the_same_adapter(index, on_4_ranks, references):
 
 
 def test_transposed_experts_with_biases(on_4_ranks, references):
-    assert_same(on_4_ranks[6], references["gpt_oss"])
+    for run in on_4_ranks[7:]:
+        assert_same(run, references["gpt_oss"])
 
 
 def test_resumed_under_another_layout(on_4_ranks, references):

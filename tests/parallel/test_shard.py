@@ -27,6 +27,7 @@ def pretended() -> dict:
             "bf16_parameters": bf16_parameters,
         }
     checks["prefetch"] = {"check": "prefetch_order", "num_ranks": 4}
+    checks["prefetch of further layers"] = {"check": "prefetch_of_mtp", "num_ranks": 4}
     found = run_on_ranks("tests.parallel.checks:on_pretended_ranks", 1, checks=list(checks.values()))[0]
     return dict(zip(checks, found, strict=True))
 
@@ -68,6 +69,18 @@ def test_every_block_prefetches_the_next_and_its_experts(pretended):
     backward = ["model.layers.2", "model.layers.2.mlp.experts", "model.layers.1"]
     backward += ["model.layers.0", "model.layers.0.mlp.experts", "model.embed_tokens"]
     assert list(dict.fromkeys(found["backward"])) == backward
+
+
+def test_a_layer_that_does_not_run_is_not_gathered(pretended):
+    """A kept multi-token prediction layer would be gathered by the last layer, in every step for nothing."""
+    kept, trained, kept_again = pretended["prefetch of further layers"]
+    last = max(name for name in trained["forward"] if name.startswith("model.layers."))
+    further = last.removesuffix(".mlp.experts")
+    for run in (kept, kept_again):
+        gathered = {name for direction in run.values() for name in direction}
+        assert not any(name.startswith(further) for name in gathered)
+        assert "model.norm, lm_head" in run["forward"]
+        assert set(trained["forward"]) == set(run["forward"]) | {further, f"{further}.mlp.experts"}
 
 
 FILE_SIZE = 30e6

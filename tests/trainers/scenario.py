@@ -61,6 +61,7 @@ def train(
     config: dict | None = None,
     init: dict | None = None,
     num_rows: int = 16,
+    rows: list[dict] | None = None,
     idle_experts: tuple[int, ...] = (),
     **arguments,
 ) -> dict:
@@ -75,7 +76,7 @@ def train(
         model = vision.ours(family, dtype, "xtuner_reference")
     else:
         model = FAMILIES[family].ours(dtype, init=init, **changes, **(config or {}))
-    rows, collator = (vision.uneven_rows, vision.TileCollator) if sees else (uneven_rows, PackedCollator)
+    made, collator = (vision.uneven_rows, vision.TileCollator) if sees else (uneven_rows, PackedCollator)
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             bias[list(idle_experts)] = -100.0
@@ -101,7 +102,7 @@ def train(
         )
         keywords = {
             "data_collator": collator(pad_token_id=0, padding_free=packed, pad_to_multiple_of=pad_to_multiple_of),
-            "train_dataset": Dataset.from_list(rows(num_rows)),
+            "train_dataset": Dataset.from_list(made(num_rows) if rows is None else rows),
             "callbacks": [recorder],
         }
         if trainer_kind == "MoESFTTrainer":

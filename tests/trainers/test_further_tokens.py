@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 import xtuner_hf
 from tests.families import FAMILIES
 from tests.models.test_mtp import compare, model_with_mtp, written_out
+from tests.ranks import run_on_ranks
 from tests.tiny import uneven_rows
-from tests.trainers.scenario import tiny_tokenizer
+from tests.trainers.scenario import differences, tiny_tokenizer, train
 from xtuner_hf.data import PackedCollator
 
 ROWS = uneven_rows(4)
@@ -59,6 +60,21 @@ def test_sft_of_packed_rows_is_the_paper_s(name, depths, tmp_path):
     compare(loss.item(), expected.item(), {n: p.grad for n, p in model.named_parameters()}, expected_grads)
     plain = made.compute_loss(model.eval(), batch, num_items_in_batch=num_labels)
     assert plain < loss - 0.1, "evaluation scores the next token alone"
+
+
+def test_the_mean_over_ranks_of_each_ranks_mean():
+    """`average_tokens_across_devices=False`: SFT adds its own share, and must divide it as transformers does the rest;
+    also where two ranks share sequences, which then have one mean."""
+    run = {"family": "deepseek_v3", "config": {"num_nextn_predict_layers": 1}, "init": {"mtp_loss_coef": 0.3}}
+    run |= {"average_tokens_across_devices": False, "packed": True, "steps": 1, "experts_kernel": "reference"}
+    splits = [{"batch": 4}, {"batch": 8, "sp_size": 2}]
+    runs = [run | split | {"trainer_kind": kind} for split in splits for kind in ("MoETrainer", "MoESFTTrainer")]
+    of_ranks, sft_of_ranks, shared, sft_shared = run_on_ranks("tests.trainers.scenario:train_each", 2, runs=runs)[0]
+    assert max(differences(sft_of_ranks, of_ranks).values()) < 1e-6
+    assert max(differences(sft_shared, shared).values()) < 1e-6
+    one_mean = train(**run | {"batch": 8})
+    assert max(differences(shared, one_mean).values()) < 1e-6
+    assert differences(of_ranks, one_mean)["loss"] > 1e-4, "the mean of means is another number"
 
 
 @pytest.mark.parametrize("kind", ["MoE", "MoESFT"])

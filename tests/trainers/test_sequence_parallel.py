@@ -17,9 +17,11 @@ from tests.ranks import run_on_ranks
 from tests.tiny import build, moe_config, uneven_rows
 from tests.trainers import resume_scenario
 from tests.trainers.scenario import differences, train
-from xtuner_hf import MoETrainingArguments, Qwen3MoeForCausalLM
+from xtuner_hf import MoEGRPOConfig, MoESFTConfig, MoETrainingArguments, Qwen3MoeForCausalLM
 from xtuner_hf.attention.ulysses import SequenceRanks
 from xtuner_hf.attention.varlen import VARLEN_ATTENTION
+from xtuner_hf.checkpoint.folder import CheckpointError
+from xtuner_hf.data.balance import TokenBudget, TokenBudgetSampler
 from xtuner_hf.parallel.sequence import SequenceParallelModel, split
 from xtuner_hf.trainers.sequence import check_losses
 from xtuner_hf.trainers.setup import check_attention, prepare_model
@@ -27,8 +29,12 @@ from xtuner_hf.trainers.setup import check_attention, prepare_model
 LAYOUTS = {
     "padded rows": {"sp_size": 2},
     "packed, EP, accumulation": {"sp_size": 2, "ep_size": 2, "accumulation": 3, "packed": True},
-    "SP over all ranks, EP, recompute": {
-        **{"sp_size": 4, "ep_size": 2, "accumulation": 3, "packed": True, "gradient_checkpointing": True}
+    "SP over all ranks, EP, full recompute": {
+        **{"sp_size": 4, "ep_size": 2, "accumulation": 3, "packed": True, "recompute": "full"}
+    },
+    "selective recompute, inputs and optimizer on the host": {
+        **{"sp_size": 2, "ep_size": 2, "accumulation": 3, "packed": True, "recompute": "selective"},
+        **{"activation_offload": True, "optimizer_offload": True},
     },
     "copies of the parameters": {"sp_size": 2, "dp_replicate_size": 2, "packed": True},
     "micro-batches of equal work": {"sp_size": 2, "accumulation": 3, "packed": True, "balance_batches": True},
@@ -82,6 +88,53 @@ def test_a_run_goes_on_at_another_sp_size(tmp_path):
         torch.testing.assert_close(last["state"][name], tensor, rtol=1e-5, atol=1e-6)
 
 
+BUDGET = {"max_tokens_per_micro_batch": 64, "packed": True, "steps": 3}
+
+
+def test_a_budget_of_tokens():
+    """4 micro-batches a step, of one process, of a rank each in turn, or of two ranks that share them; and the first
+    step is that of one batch with the same rows."""
+    one_process = train(**BUDGET, accumulation=4)
+    balanced = {"balance_batches": True}
+    runs = [
+        {"sp_size": 2, "accumulation": 4, "recompute": "selective"},
+        {"sp_size": 2, "accumulation": 4, "trainer_kind": "MoESFTTrainer", "max_length": 64},
+        {"accumulation": 2, **balanced},
+    ]
+    runs = [BUDGET | run for run in runs]
+    *shared, apart = run_on_ranks("tests.trainers.scenario:train_each", 2, runs=runs)[0]
+    for run in shared:
+        assert max(differences(run, one_process).values()) < 1e-6
+    assert max(differences(apart, train(**BUDGET, **balanced, accumulation=4)).values()) < 1e-6
+
+    rows = uneven_rows(16)
+    lengths = [len(row["input_ids"]) for row in rows]
+    ranks = {"dp_size": 1, "grad_accum": 4, "rank": 0, "seed": 3, "drop_last": False}
+    first_step = list(TokenBudgetSampler(lengths, lengths, TokenBudget(64, padded=False), **ranks))[:4]
+    taken = [rows[row] for batch in first_step for row in batch]
+    assert len(taken) > 4
+    whole = train(batch=len(taken), rows=taken, packed=True, steps=1)
+    one_step = {"logs": one_process["logs"][:1], "grads": one_process["grads"][:1], "state": one_process["state"]}
+    found = differences(one_step, whole)
+    assert max(found[key] for key in ("grads", "loss", "grad_norm", "router/aux_loss")) < 1e-6, found
+
+
+def test_a_run_with_a_budget_goes_on_in_its_second_epoch(tmp_path):
+    """At another number of ranks with as many micro-batches a step; with another budget it is refused."""
+    options = EXACT | {"max_tokens_per_micro_batch": 96, "per_device_train_batch_size": 1, "save_steps": 4}
+    reference = resume_scenario.train(str(tmp_path / "one"), gradient_accumulation_steps=4, **options)
+    folder = {"output_dir": str(tmp_path / "two"), "resume": "auto"}
+    first = resume_scenario.train(stop_after=4, gradient_accumulation_steps=4, **folder, **options)
+    many = folder | options | {"gradient_accumulation_steps": 2}
+    second = run_on_ranks("tests.trainers.resume_scenario:train", 2, **many)[0]
+    assert sorted(second["losses"]) == [5, 6]
+    for run in (first, second):
+        for step, loss in run["losses"].items():
+            assert loss == pytest.approx(reference["losses"][step], rel=1e-6)
+    with pytest.raises(CheckpointError, match="with max_tokens_per_micro_batch 96, this one has 80"):
+        resume_scenario.train(**folder, **options | {"max_tokens_per_micro_batch": 80})
+
+
 def test_evaluation_streams_and_counted_tokens():
     """As two ranks with rows of their own: 5 rows to evaluate on, which they do not share evenly; a stream."""
     expected, _ = run_on_ranks("tests.trainers.test_sequence_parallel:evaluate_and_stream", 2)
@@ -107,14 +160,24 @@ def evaluate_and_stream(sp_size: int = 1) -> dict[str, float]:
         )
         trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        evaluated = trainer.evaluate(Dataset.from_list(uneven_rows(5, seed=9)))["eval_loss"]
+        held_out = Dataset.from_list(uneven_rows(5, seed=9))
+        evaluated = trainer.evaluate(held_out)["eval_loss"]
+        trainer.args.average_tokens_across_devices = False
+        mean_of_means = trainer.evaluate(held_out)["eval_loss"]
         counted = train("MoESFTTrainer", batch=8 // groups, sp_size=sp_size, packed=True)["logs"][-1]
     return {
         "first loss": losses[0],
         "second loss": losses[1],
         "evaluated": evaluated,
+        "evaluated, each rank by its own labels": mean_of_means,
         **{name: counted[name] for name in ("num_tokens", "entropy", "mean_token_accuracy")},
     }
+
+
+def test_a_row_above_the_budget_is_named():
+    message = r"train_dataset\[\d+\] has \d+ tokens, more than max_tokens_per_micro_batch=12 \(and \d+ more rows of 16"
+    with pytest.raises(ValueError, match=message):
+        train(max_tokens_per_micro_batch=12)
 
 
 class TestRefusals:
@@ -153,6 +216,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match="'sdpa' would attend within each rank's share"):
             model(**inputs)
         assert shard.documents.lengths == [24]
+
+    def test_a_budget_that_cannot_be(self, arguments, tmp_path):
+        with pytest.raises(ValueError, match="max_tokens_per_micro_batch is 0; it is a number of tokens"):
+            arguments(max_tokens_per_micro_batch=0)
+        with pytest.raises(ValueError, match=r"and so does per_device_train_batch_size \(4\): leave one of them out"):
+            arguments(max_tokens_per_micro_batch=64, per_device_train_batch_size=4)
+        with pytest.raises(ValueError, match="leave out train_sampling_strategy and auto_find_batch_size"):
+            arguments(max_tokens_per_micro_batch=64, train_sampling_strategy="group_by_length")
+        with pytest.raises(ValueError, match="max_length is 1024 and max_tokens_per_micro_batch 64: a row of that"):
+            MoESFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_tokens_per_micro_batch=64)
+        with pytest.raises(ValueError, match="max_tokens_per_micro_batch would take the answers to a prompt apart"):
+            MoEGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_tokens_per_micro_batch=64)
 
     def test_losses_that_need_logits(self, arguments):
         ranks = SequenceRanks(None, 2, 0)

@@ -34,9 +34,11 @@ def fit_rows(
     """Deal with rows of more than `max_length` tokens.
 
     Args:
-        dataset: rows of `input_ids` and `labels`, and perhaps `image_refs`.
+        dataset: rows of `input_ids` and `labels`, and perhaps `image_refs`; of packed ones also `seq_lengths`.
         on_long_row: "error", "split" (into rows of at most `max_length`, nothing is lost), "truncate" or "skip". What
-            is done to how many rows is logged, for a streamed data set without the number. No image is cut.
+            is done to how many rows is logged, for a streamed data set without the number. No image is cut. Packed rows
+            are split between documents, and a document only where it is longer than `max_length` itself; they are not
+            truncated.
         keep: "start" or "end", of a truncated row. Rows of which no label is left are left out.
 
     Raises:
@@ -44,15 +46,23 @@ def fit_rows(
     """
     if on_long_row not in LONG_ROW_POLICIES:
         raise ValueError(f"on_long_row is {on_long_row!r}; use one of {', '.join(map(repr, LONG_ROW_POLICIES))}.")
-    cut = {
+    columns = dataset.column_names or list(next(iter(dataset)))
+    is_packed = "seq_lengths" in columns
+    if is_packed and on_long_row == "truncate":
+        raise ValueError(f"{name} is packed: set on_long_row to 'split', which cuts between documents, or to 'skip'.")
+    cut: dict[str, Any] = {
+        "function": _cut_packed if is_packed else _cut,
         "batched": True,
-        "fn_kwargs": {"max_length": max_length, "on_long_row": on_long_row, "keep": keep, "name": name},
-        "features": token_features(dataset),
+        "fn_kwargs": {"max_length": max_length, "on_long_row": on_long_row, "name": name},
+        "features": token_features(columns),
+        "remove_columns": columns,
     }
+    if not is_packed:
+        cut["fn_kwargs"]["keep"] = keep
     if isinstance(dataset, IterableDataset):
         if on_long_row != "error":
             warn(logger, f"{name}: rows of more than max_length={max_length} tokens: {on_long_row}.")
-        return dataset.map(_cut, remove_columns=dataset.column_names or list(next(iter(dataset))), **cut)
+        return dataset.map(**cut)
     lengths = row_lengths(dataset)
     if not lengths.all():
         raise ValueError(f"{name}[{int(np.argmin(lengths))}] has no tokens; remove such rows.")
@@ -66,7 +76,7 @@ def fit_rows(
             f"{name}: {found} (the longest {lengths.max():,}; the first is {name}[{first}]). Raise max_length, or set "
             "on_long_row to 'split', 'truncate' or 'skip'."
         )
-    rows = dataset.map(_cut, remove_columns=dataset.column_names, desc=f"Cutting {name}", **cut)
+    rows = dataset.map(desc=f"Cutting {name}", **cut)
     lost = int(lengths.sum() - row_lengths(rows).sum())
     warn(logger, f"{name}: {found}; {on_long_row}: {len(rows):,} rows remain, {lost:,} tokens are left out.")
     return rows
@@ -80,10 +90,7 @@ def _cut(batch: dict[str, list], max_length: int, on_long_row: str, keep: str, n
         length = len(row["input_ids"])
         is_cut = length > max_length and on_long_row == "truncate"
         if length > max_length and on_long_row == "error":
-            raise ValueError(
-                f"{name}: a row has {length:,} tokens, more than max_length={max_length}. Raise max_length, or set "
-                "on_long_row to 'split', 'truncate' or 'skip'."
-            )
+            raise _row_too_long(name, length, max_length)
         if length > max_length and on_long_row == "skip":
             continue
         for piece in _pieces(length, max_length, on_long_row, keep, image_spans(row.get(IMAGE_REFS)), name):
@@ -116,6 +123,47 @@ def _pieces(
     return pieces[:1] if on_long_row == "truncate" else pieces
 
 
+def _cut_packed(batch: dict[str, list], max_length: int, on_long_row: str, name: str) -> dict[str, list]:
+    columns = [column for column in ("input_ids", "labels", IMAGE_REFS) if column in batch]
+    result: dict[str, list] = {column: [] for column in (*columns, "seq_lengths")}
+    for index, lengths in enumerate(batch["seq_lengths"]):
+        if sum(lengths) > max_length and on_long_row == "error":
+            raise _row_too_long(name, sum(lengths), max_length)
+        if sum(lengths) > max_length and on_long_row == "skip":
+            continue
+        images = image_spans(batch[IMAGE_REFS][index] if IMAGE_REFS in batch else None)
+        start = 0
+        for row in _split_between(lengths, max_length, images, name):
+            end = start + sum(row)
+            for column in columns:
+                result[column].append(batch[column][index][start:end])
+            result["seq_lengths"].append(row)
+            start = end
+    return result
+
+
+def _split_between(lengths: list[int], max_length: int, images: list[tuple[int, int]], name: str) -> list[list[int]]:
+    """Lengths of documents in order -> rows of at most `max_length`; only a longer document is cut itself."""
+    rows: list[list[int]] = [[]]
+    begin = 0
+    for length in lengths:
+        inside = [(start - begin, end - begin) for start, end in images if begin <= start < begin + length]
+        for piece in _pieces(length, max_length, "split", "start", inside, name):
+            size = len(range(length)[piece])
+            if sum(rows[-1]) + size > max_length:
+                rows.append([])
+            rows[-1].append(size)
+        begin += length
+    return rows
+
+
+def _row_too_long(name: str, length: int, max_length: int) -> ValueError:
+    return ValueError(
+        f"{name}: a row has {length:,} tokens, more than max_length={max_length}. Raise max_length, or set on_long_row "
+        "to 'split', 'truncate' or 'skip'."
+    )
+
+
 def pack_rows(
     dataset: Dataset | IterableDataset, max_length: int, *, strategy: str = "bfd", name: str = "dataset"
 ) -> Dataset | IterableDataset:
@@ -130,7 +178,7 @@ def pack_rows(
         The same columns and ("bfd") `seq_lengths`, the lengths of the documents of a row in order. `PackedCollator`
         keeps them apart.
     """
-    columns = list(token_features(dataset))
+    columns = list(token_features(dataset.column_names or ()))
     if IMAGE_REFS in columns and strategy == "wrapped":
         raise ValueError(f"{name} has images, and packing_strategy='wrapped' would cut through them: use 'bfd'.")
     options: dict[str, Any] = {"batch_size": 10_000}

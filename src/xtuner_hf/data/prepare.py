@@ -41,7 +41,8 @@ def prepare_dataset(
 
     Args:
         dataset: rows of `messages` (conversations, see `load_conversations`), of text, or of `input_ids` and perhaps
-            `labels`. Rows that are packed already (`seq_lengths`) are returned as they are.
+            `labels`. Rows that are packed already (`seq_lengths`) are returned as they are, but for those that are
+            longer than the window.
         tokenizer: with a chat template for conversations. Rows with images need the processor of their model instead
             (`InternVLProcessor`); `VisionCollator` then reads the images.
         max_length: tokens of a row at most: the window.
@@ -49,7 +50,8 @@ def prepare_dataset(
             `PackedCollator(padding_free=True)`, as it is in `MoESFTTrainer` with `packing=True`.
         assistant_only_loss: learn what the assistant says in conversations, not every token. The template must mark
             it, or TRL have a variant that does.
-        on_long_row: what to do with documents longer than the window: "error", "split", "truncate" or "skip".
+        on_long_row: what to do with documents longer than the window: "error", "split", "truncate" or "skip"; packed
+            rows are split between documents.
         text_column: of texts.
         max_row_tiles: of all images of a conversation together; see `ImageTiler`.
         num_proc: processes that tokenise.
@@ -67,7 +69,8 @@ def prepare_dataset(
         raise ValueError(f"{name} is empty: there is nothing to train on.")
     columns = dataset.column_names or list(next(iter(dataset)))
     if "seq_lengths" in columns:
-        return dataset
+        with global_then_local_main_first():
+            return fit_rows(dataset, max_length, on_long_row, name=name)
     tiler = ImageTiler(tokenizer, max_row_tiles) if isinstance(tokenizer, ProcessorMixin) else None
     with global_then_local_main_first():
         rows = tokenize_rows(

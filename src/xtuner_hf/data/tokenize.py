@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection
 from importlib.resources import files
 from typing import Any
 
@@ -32,9 +33,10 @@ TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Val
 VISION_FEATURES = Features({**TOKEN_FEATURES, IMAGE_REFS: List(Value("large_string"))})
 
 
-def token_features(dataset: Dataset | IterableDataset) -> Features:
-    """The features of token rows, with images or without."""
-    return VISION_FEATURES if IMAGE_REFS in (dataset.column_names or ()) else TOKEN_FEATURES
+def token_features(columns: Collection[str]) -> Features:
+    """The features of token rows with these columns: with images or without, packed or not."""
+    features = VISION_FEATURES if IMAGE_REFS in columns else TOKEN_FEATURES
+    return Features({**features, "seq_lengths": List(Value("int64"))}) if "seq_lengths" in columns else features
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

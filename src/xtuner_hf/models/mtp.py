@@ -34,6 +34,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .._compat import ConversionOps, WeightConverter
 from ..memory.chunked_loss import IGNORE_INDEX
 from ..moe.tokens import TokenLayout, shift_left
+from ..parallel.prefetch import set_prefetch
 from .moe_model import MoECausalLMMixin, MoEDecoderLayer, MoEModelMixin
 
 # A mixin: the layer that it stands in front of is its base for the type checker alone.
@@ -224,6 +225,12 @@ class MTPCausalLMMixin(MoECausalLMMixin):
             )
         self.mtp_loss_coef = coef
         self.model.mtp_trains = bool(coef)
+        set_prefetch(self)  # of a model that is sharded already
+
+    def idle_layers(self) -> list[nn.Module]:
+        """The multi-token prediction layers, where they are kept and not trained."""
+        layers: Any = self.model.layers
+        return [] if self.mtp_loss_coef else list(layers[self.config.num_hidden_layers :])
 
     def further_tokens(self, labels_BS: torch.Tensor | None = None) -> FurtherTokens | None:
         """What a forward takes as `further`, to be scored by this model's head; None where nothing of it trains."""

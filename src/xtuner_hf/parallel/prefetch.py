@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def fsdp_units(model: nn.Module) -> list[list[FSDPModule]]:
-    """The FSDP modules below the root in order of forward: each block with what is sharded apart inside it."""
+def fsdp_units(model: nn.Module, idle: Collection[nn.Module] = ()) -> list[list[FSDPModule]]:
+    """The FSDP modules below the root in order of forward: each block with what is sharded apart inside it.
+
+    Args:
+        idle: blocks that no forward runs.
+    """
     units: list[list[FSDPModule]] = []
     inside = ""  # name of the block that we are in
+    rests = {module for block in idle for module in block.modules()}
     for name, module in model.named_modules():
-        if not name or not isinstance(module, FSDPModule):
+        if not name or not isinstance(module, FSDPModule) or module in rests:
             continue
         if units and name.startswith(inside):
             units[-1].append(module)
@@ -23,14 +30,14 @@ def fsdp_units(model: nn.Module) -> list[list[FSDPModule]]:
     return units
 
 
-def set_prefetch(model: nn.Module) -> None:
-    """Let every block prefetch the next block and its experts, forward and backward.
+def set_prefetch(model: Any) -> None:
+    """Let every block prefetch the next block that runs and its experts, forward and backward.
 
     FSDP prefetches on its own only as long as the host runs ahead of the device. Expert parallelism makes the host wait
     for split sizes in every layer, and the next all-gather would start only after that. Costs the memory of one more
-    block's gathered parameters.
+    block's gathered parameters. A block that is gathered and does not run keeps what was gathered: hence `idle_layers`.
     """
-    units = fsdp_units(model)
+    units = fsdp_units(model, model.idle_layers() if hasattr(model, "idle_layers") else ())
     for unit, following in pairwise(units):
         unit[0].set_modules_to_forward_prefetch(following)
     # The final norm and the head are one unit under two modules: the later call, for the norm, is the one that counts.

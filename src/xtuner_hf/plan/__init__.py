@@ -1,8 +1,8 @@
 """The planner: one rank's training step on fake tensors, with the code that will really run (docs/planner.md).
 
-    from xtuner_hf.plan import plan
+from xtuner_hf.plan import plan
 
-    plan("qwen3-235b-a22b", gpus=256, device="h800", seq_len=4096).verdict
+plan("qwen3-235b-a22b", gpus=256, device="h800", seq_len=4096).verdict
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -58,6 +58,16 @@ class MoEArguments(VisionArguments):
             "attention and of matrix products) instead of equal numbers: ranks wait for the slowest. Loss and "
             "gradients stay the same. For rows of 'input_ids' of unequal length, or packed ones with few long "
             "documents; needs several rows a rank and optimizer step, and a data set with a length."
+        },
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "A budget in place of per_device_train_batch_size: each micro-batch gets as many rows as have at "
+            "most so many tokens together (padding counted, if the collator pads), and an optimizer step as many as "
+            "its gradient_accumulation_steps x ranks micro-batches hold. With sp_size above 1, of all the ranks that "
+            "share it. Set it to what fits into memory. Needs rows of 'input_ids' and a data set with a length; a row "
+            "that is longer is an error. Evaluation keeps per_device_eval_batch_size."
         },
     )
     dp_replicate_size: int = field(
@@ -246,6 +256,8 @@ class MoEArguments(VisionArguments):
         if self.watchdog_timeout < 0:
             raise ValueError(f"watchdog_timeout is {self.watchdog_timeout}; it must be 0 (off) or positive.")
         check_optimizer(self)
+        if self.max_tokens_per_micro_batch is not None:
+            self._check_token_budget(self.max_tokens_per_micro_batch)
         if self.recompute is not None:
             if self.recompute not in RECOMPUTE_POLICIES:
                 raise ValueError(f"recompute is {self.recompute!r}; choose one of {', '.join(RECOMPUTE_POLICIES)}.")
@@ -267,12 +279,28 @@ class MoEArguments(VisionArguments):
             raise ValueError(f"expert_dispatch is {self.expert_dispatch!r}; it must be one of {known}.")
         super().__post_init__()
         self._check_recompute()
-
         if self.fp8 and self.experts_kernel not in ("auto", "fp8"):
             raise ValueError(
                 f"fp8=True computes the experts with its own kernel, and experts_kernel is {self.experts_kernel!r}: "
                 "leave it at 'auto', or set fp8=False."
             )
+
+    def _check_token_budget(self, budget: int) -> None:
+        if budget < 1:
+            raise ValueError(f"max_tokens_per_micro_batch is {budget}; it is a number of tokens, or None.")
+        own: Any = self
+        default = next(f.default for f in fields(own) if f.name == "per_device_train_batch_size")
+        if own.per_device_train_batch_size not in (1, default):
+            raise ValueError(
+                f"max_tokens_per_micro_batch says how many rows a micro-batch has, and so does "
+                f"per_device_train_batch_size ({own.per_device_train_batch_size}): leave one of them out."
+            )
+        if own.train_sampling_strategy not in ("random", "sequential") or own.auto_find_batch_size:
+            raise ValueError(
+                "max_tokens_per_micro_batch deals out rows by itself: leave out train_sampling_strategy and "
+                "auto_find_batch_size."
+            )
+        own.per_device_train_batch_size = 1  # what is counted in rows is then counted in micro-batches
 
     def _check_recompute(self) -> None:
         # What the parent calls activation checkpointing has two names until transformers 6; here both are settled.
@@ -341,7 +369,8 @@ class MoESFTConfig(MoEArguments, SFTConfig):
         metadata={
             "help": "What to do with rows of more than max_length tokens: 'error'; 'truncate' as TRL does in silence "
             "(at truncation_mode's end, here with a count); 'split' into several rows, as packing_strategy='bfd_split' "
-            "does; 'skip'. packing_strategy='wrapped' cuts rows anywhere in any case."
+            "does; 'skip'. packing_strategy='wrapped' cuts rows anywhere in any case. With max_tokens_per_micro_batch "
+            "also of packed rows of more tokens than that: 'split' cuts them between documents."
         },
     )
     max_row_tiles: int | None = field(
@@ -358,3 +387,12 @@ class MoESFTConfig(MoEArguments, SFTConfig):
             "without the conversation that shows it, and counts it in a warning."
         },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        budget, window = self.max_tokens_per_micro_batch, self.max_length
+        if budget is not None and (window is None or window > budget):
+            raise ValueError(
+                f"max_length is {window} and max_tokens_per_micro_batch {budget}: a row of that length would not fit. "
+                "Lower the one, or raise the other."
+            )

@@ -131,6 +131,7 @@ class CheckpointingMixin(_Base):
             "step": self.state.global_step,
             "world_size": self.args.world_size,
             "rows_per_step": self.get_total_train_batch_size(self.args),
+            "max_tokens_per_micro_batch": self.args.max_tokens_per_micro_batch,
             "model_type": base_model(self.model).config.model_type,
             "resumable": not self.args.save_only_model,
         }
@@ -267,14 +268,8 @@ class CheckpointingMixin(_Base):
             )
         if not facts["resumable"]:
             raise CheckpointError(f"{folder} was saved with save_only_model=True: it holds no optimizer to go on with.")
-        rows = self.get_total_train_batch_size(self.args)
-        if facts["rows_per_step"] != rows and not self.args.ignore_data_skip:
-            raise CheckpointError(
-                f"{folder} is of a run with {facts['rows_per_step']} rows in an optimizer step, this one has {rows}, "
-                "so the data position would be wrong. Choose per_device_train_batch_size and "
-                f"gradient_accumulation_steps so that a step has {facts['rows_per_step']} rows on all processes "
-                "together, or set ignore_data_skip=True to start again at the first row."
-            )
+        if not self.args.ignore_data_skip:
+            self._check_position(folder, facts)
         if facts["world_size"] != self.args.world_size:
             logger.warning(
                 "%s was written by %d processes and this job has %d: random number generators start from the seed, "
@@ -283,6 +278,27 @@ class CheckpointingMixin(_Base):
                 facts["world_size"],
                 self.args.world_size,
             )
+
+    def _check_position(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Whether a step number stands for the same rows here."""
+        budget, its_budget = self.args.max_tokens_per_micro_batch, facts.get("max_tokens_per_micro_batch")
+        if its_budget != budget:
+            raise CheckpointError(
+                f"{folder} is of a run with max_tokens_per_micro_batch {its_budget}, this one has {budget}, so the "
+                "data position would be wrong. Choose the same, or set ignore_data_skip=True to start again at the "
+                "first row."
+            )
+        rows, its_rows = self.get_total_train_batch_size(self.args), facts["rows_per_step"]
+        if its_rows == rows:
+            return
+        unit, sizes = "rows", "per_device_train_batch_size and gradient_accumulation_steps"
+        if budget is not None:
+            unit, sizes = "micro-batches", "gradient_accumulation_steps"
+        raise CheckpointError(
+            f"{folder} is of a run with {its_rows} {unit} in an optimizer step, this one has {rows}, so the data "
+            f"position would be wrong. Choose {sizes} so that a step has {its_rows} {unit} on all processes together, "
+            "or set ignore_data_skip=True to start again at the first row."
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Nothing yet: the model is read with the optimizer, when both have their layout."""

@@ -85,8 +85,9 @@ class MoEGRPOConfig(MoEArguments, GRPOConfig):
     )
 
     def __post_init__(self):
-        if self.balance_batches:
-            raise ValueError("balance_batches would take the answers to a prompt apart: leave it False.")
+        for name in ("balance_batches", "max_tokens_per_micro_batch"):
+            if getattr(self, name):
+                raise ValueError(f"{name} would take the answers to a prompt apart: leave it out.")
         is_given = self.generation_batch_size is not None
         super().__post_init__()
         if self.sp_size > 1:

@@ -212,9 +212,9 @@ class MoETrainerMixin(LossWeightingMixin, StabilityMixin, CheckpointingMixin, Se
 
     def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if num_items_in_batch is None or not self.args.average_tokens_across_devices or self.args.sp_size == 1:
+        if num_items_in_batch is None or self.args.sp_size == 1:
             return result
-        # The parent expects the mean over ranks and multiplies by their number; only one in `sp_size` has a batch.
+        # Labels are counted for the mean over ranks, of which only one in `sp_size` has a batch.
         loss, *outputs = result if return_outputs else (result,)
         return (loss / self.args.sp_size, *outputs) if return_outputs else loss / self.args.sp_size
 

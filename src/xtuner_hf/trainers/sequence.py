@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .._compat import batches_dealt_to
 from ..attention.ulysses import SequenceRanks
-from ..data.balance import EqualWorkSampler
+from ..data.balance import EqualWorkSampler, TokenBudget, TokenBudgetSampler
 from ..data.tiles import IMAGE_REFS, count_tiles
 from ..models.flops import TrainingFlops
 from ..parallel.sequence import SequenceParallelModel, sequence_ranks
@@ -32,15 +32,17 @@ class SequenceParallelMixin(_Base):
     args: Any
     model: Any
     _ranks: SequenceRanks | None = None
+    _row_sampler: Any = None  # that weighs rows
 
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, **keywords: Any):
         if args.sp_size > 1:
             check_losses(args, keywords)
-        if args.balance_batches and isinstance(keywords.get("train_dataset"), IterableDataset):
+        if _weighs_rows(args) and isinstance(keywords.get("train_dataset"), IterableDataset):
             raise ValueError(
-                "balance_batches weighs rows before they are read, and train_dataset is a stream: set it False."
+                f"{_weighs_rows(args)} weighs rows before they are read, and train_dataset is a stream: leave it out."
             )
         super().__init__(model, args, *positional, **keywords)
+        self.add_callback(_TellEpoch(self))
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -79,21 +81,32 @@ class SequenceParallelMixin(_Base):
             return super()._get_dataloader(*positional, **keywords)
 
     def _get_train_sampler(self, train_dataset: Any = None):
-        if not self.args.balance_batches:
+        args = self.args
+        if not _weighs_rows(args):
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        flops = TrainingFlops.of_model(self.model)
-        work: Any = [row_work(flops, row) for row in rows]
-        layout = self.args.parallel_layout
-        return EqualWorkSampler(
-            work,
-            effective_batch_size=self.get_total_train_batch_size(self.args),
-            dp_size=layout.data_size,
-            grad_accum=self.args.gradient_accumulation_steps,
-            rank=self.args.process_index // layout.sp_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
+        lengths = [sum(_document_lengths(row, _weighs_rows(args))) for row in rows]
+        work: Any = lengths
+        if args.balance_batches:
+            flops = TrainingFlops.of_model(self.model)
+            work = [row_work(flops, row) for row in rows]
+        layout = args.parallel_layout
+        ranks: dict[str, Any] = {
+            "dp_size": layout.data_size,
+            "grad_accum": args.gradient_accumulation_steps,
+            "rank": args.process_index // layout.sp_size,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "drop_last": args.dataloader_drop_last,
+        }
+        budget = args.max_tokens_per_micro_batch
+        if budget is None:
+            rows_of_step = self.get_total_train_batch_size(args)
+            self._row_sampler = EqualWorkSampler(work, effective_batch_size=rows_of_step, **ranks)
+        else:
+            _check_rows_fit(lengths, budget)
+            padded = not getattr(self.data_collator, "padding_free", False)
+            self._row_sampler = TokenBudgetSampler(lengths, work, TokenBudget(budget, padded), **ranks)
+        return self._row_sampler
 
     def evaluation_loop(self, *positional: Any, **keywords: Any):
         if self._ranks is not None:
@@ -110,12 +123,43 @@ class SequenceParallelMixin(_Base):
 
 def row_work(flops: TrainingFlops, row: dict[str, Any]) -> float:
     """FLOPs of a token row, its images included."""
-    if "input_ids" not in row:
-        raise ValueError(
-            f"balance_batches weighs rows by their 'input_ids', and they have {', '.join(row)}; leave it False."
-        )
-    lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+    lengths = _document_lengths(row, "balance_batches")
     return flops(sum(lengths), sum(length**2 for length in lengths), count_tiles(row.get(IMAGE_REFS)))
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the sampler what to shuffle by: transformers reaches none behind the batches that a resumed run skips."""
+
+    def __init__(self, trainer: SequenceParallelMixin):
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self._trainer._row_sampler is not None:
+            self._trainer._row_sampler.set_epoch(int(state.epoch))
+
+
+def _weighs_rows(args: Any) -> str:
+    """The argument that wants to know how long rows are, "" if none does."""
+    if args.max_tokens_per_micro_batch is not None:
+        return "max_tokens_per_micro_batch"
+    return "balance_batches" if args.balance_batches else ""
+
+
+def _document_lengths(row: dict[str, Any], wanted_by: str) -> list[int]:
+    if "input_ids" not in row:
+        raise ValueError(f"{wanted_by} weighs rows by their 'input_ids', and they have {', '.join(row)}; leave it out.")
+    return row.get("seq_lengths") or [len(row["input_ids"])]
+
+
+def _check_rows_fit(lengths: list[int], budget: int) -> None:
+    first = next((row for row, length in enumerate(lengths) if length > budget), None)
+    if first is not None:
+        too_long = sum(length > budget for length in lengths)
+        raise ValueError(
+            f"train_dataset[{first}] has {lengths[first]:,} tokens, more than max_tokens_per_micro_batch={budget} "
+            f"(and {too_long - 1:,} more rows of {len(lengths):,}). Raise it, or prepare the rows with "
+            f"prepare_dataset(..., max_length={budget}, on_long_row='split'), which cuts packed rows between documents."
+        )
 
 
 def check_losses(args: Any, keywords: dict[str, Any]) -> None:

@@ -129,14 +129,21 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
         result = super().compute_loss(model, {**inputs, "further": further}, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
         # This rank's share, as the loss that comes back: gradients are summed.
-        loss = loss + base.mtp_loss_coef * further.loss_sum / num_items_in_batch
+        share = base.mtp_loss_coef * further.loss_sum / num_items_in_batch
+        if not self.args.average_tokens_across_devices:  # it was divided by this rank's labels alone
+            share = share / self.accelerator.num_processes
+        loss = loss + share
         return (loss, *outputs) if return_outputs else loss
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         name = f"{dataset_name}_dataset"
         check_dataset(dataset, name)
         columns = dataset.column_names or list(next(iter(dataset)))
-        if "seq_lengths" in columns:  # packed already
+        if "seq_lengths" in columns:  # packed already, to a window of its own
+            budget = args.max_tokens_per_micro_batch
+            if budget is not None and dataset_name == "train":
+                with global_then_local_main_first():
+                    dataset = fit_rows(dataset, budget, args.on_long_row, name=name)
             return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         if self._tiler is not None and "input_ids" not in columns:
             dataset = self._tokenize(dataset, processing_class, args, name)
