@@ -187,6 +187,15 @@ def test_no_cut_goes_through_an_image(conversations):
         for row in fit_rows(rows, window, "truncate", keep=keep):
             assert row["input_ids"].count(processor.image_token_id) % TILE_LENGTH == 0
             assert len(row["input_ids"]) == len(row["labels"]) == len(row[IMAGE_REFS]) <= window
+    packed = pack_rows(rows, 512)
+    split = list(fit_rows(packed, window, "split"))
+    for column in ("input_ids", "labels", IMAGE_REFS):
+        assert [value for row in split for value in row[column]] == [v for row in packed for v in row[column]]
+    for row in split:
+        assert sum(row["seq_lengths"]) == len(row["input_ids"]) <= window
+        assert row["input_ids"].count(processor.start_image_token_id) == len(image_spans(row[IMAGE_REFS]))
+        assert row["input_ids"].count(processor.image_token_id) % TILE_LENGTH == 0
+    assert [length for row in split for length in row["seq_lengths"]].count(len(rows[0]["input_ids"])) >= 1
     with pytest.raises(ValueError, match="a row has an image of more than max_length=12 tokens, which cannot be cut"):
         fit_rows(rows, 12, "split")
     with pytest.raises(ValueError, match="packing_strategy='wrapped' would cut through them"):
