@@ -15,6 +15,8 @@ import argparse
 import resource
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ IMAGE_TOKENS = {
     "video_token": "<video>",
 }
 HIDDEN = 96
-WINDOW = 1024  # tokens of a packed row: about 12 images and 36 questions
+WINDOW = 1024  # tokens of a packed row: about 24 questions
 
 
 def questions(split: str) -> list[dict[str, Any]]:
@@ -62,23 +64,6 @@ def questions(split: str) -> list[dict[str, Any]]:
         }
         for text, answer, number in zip(texts, answers, numbers, strict=True)
     ]
-
-
-def conversations(rows: list[dict[str, Any]], turns: int = 3) -> list[dict[str, Any]]:
-    """Up to so many questions about an image in one conversation, which looks at it once for all of them."""
-    by_image: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
-    for row in rows:
-        by_image[row["messages"][0]["images"][0]["path"]].append(row["messages"])
-    joined = []
-    for asked in by_image.values():
-        for first in range(0, len(asked), turns):
-            (question, answer), *others = asked[first : first + turns]
-            messages = [question, answer]
-            for further, its_answer in others:
-                text = further["content"].removeprefix("<image>\n")
-                messages += [{"role": "user", "content": text}, its_answer]
-            joined.append({"messages": messages})
-    return joined
 
 
 def build_processor(rows: list[dict[str, Any]]) -> InternVLProcessor:
@@ -158,16 +143,17 @@ def right_answers(model: Any, rows: Dataset, collator: VisionCollator) -> list[b
 
 
 class Accuracy(TrainerCallback):
-    """The share of right answers, every so many steps."""
+    """The share of right answers every so many steps, drawn each time: a run that is stopped leaves its curve."""
 
-    def __init__(self, rows: Dataset, collator: VisionCollator, every: int):
-        self.rows, self.collator, self.every = rows, collator, every
+    def __init__(self, rows: Dataset, collator: VisionCollator, every: int, draw: Callable[[list], None]):
+        self.rows, self.collator, self.every, self.draw = rows, collator, every, draw
         self.curve: list[tuple[int, float]] = []
 
     def measure(self, step: int, model: Any) -> None:
         right = right_answers(model, self.rows, self.collator)
         self.curve.append((step, sum(right) / len(right)))
         print(f"step {step}: {self.curve[-1][1]:.1%} of {len(right):,} held-out questions answered right")
+        self.draw(self.curve)
 
     def on_train_begin(self, args, state, control, model=None, **_):
         self.measure(0, model)
@@ -193,6 +179,7 @@ def baselines(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> tuple[
 
 
 def draw_accuracy(curve: list[tuple[int, float]], without_looking: tuple[float, float], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*curve, strict=True), marker="o", label="model, held-out images")
@@ -234,7 +221,7 @@ def draw_answers(model: Any, processor: InternVLProcessor, rows: list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("vision_output"))
-    parser.add_argument("--max_steps", type=int, default=3000)
+    parser.add_argument("--max_steps", type=int, default=1500)
     parser.add_argument("--num_questions", type=int, default=None, help="of the training questions; all by default")
     parser.add_argument("--num_held_out", type=int, default=1000, help="held-out questions while training goes on")
     options = parser.parse_args()
@@ -253,7 +240,7 @@ def main() -> None:
         args=MoESFTConfig(
             output_dir=str(folder),
             max_steps=options.max_steps,
-            per_device_train_batch_size=1,
+            per_device_train_batch_size=2,
             packing=True,
             max_length=WINDOW,
             assistant_only_loss=True,
@@ -269,15 +256,14 @@ def main() -> None:
             bf16=torch.cuda.is_available(),
             use_cpu=not torch.cuda.is_available(),
         ),
-        train_dataset=Dataset.from_list(conversations(train)),
+        train_dataset=Dataset.from_list(train),
         processing_class=processor,
     )
-    accuracy = Accuracy(while_training, trainer.data_collator, every=max(1, options.max_steps // 9))
-    trainer.add_callback(accuracy)
+    draw = partial(draw_accuracy, without_looking=without_looking, path=folder / "accuracy.png")
+    trainer.add_callback(Accuracy(while_training, trainer.data_collator, max(1, options.max_steps // 9), draw))
     trainer.train()
     trainer.save_model()
     right = right_answers(trainer.model, held_out, trainer.data_collator)
-    draw_accuracy(accuracy.curve, without_looking, folder / "accuracy.png")
     draw_answers(trainer.model, processor, test[:: max(1, len(test) // 15)][:15], folder / "answers.png")
     used = sum(resource.getrusage(who).ru_utime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(
