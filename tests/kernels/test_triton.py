@@ -25,7 +25,7 @@ def run(module: str, **variables: str) -> dict:
 
 def test_equal_plain_torch_in_fp64():
     errors = run("tests.kernels.triton_cases", TRITON_INTERPRET="1")
-    assert len(errors) > 100
+    assert len(errors) > 80
 
     def tolerance(name: str) -> float:
         if "bfloat16" in name:

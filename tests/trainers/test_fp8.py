@@ -8,6 +8,7 @@ from torch import nn
 
 import xtuner_hf
 from benchmarks.fp8_loss import train, worst_difference
+from tests import vision
 from tests.families import ALL_FAMILIES, FAMILIES
 from tests.ranks import run_on_ranks
 from tests.trainers.fp8_scenario import STEPS, fp8_run
@@ -48,6 +49,17 @@ def test_experts_and_dense_projections_become_fp8(name):
     tokens = torch.randint(2, 128, (2, 24), generator=torch.Generator().manual_seed(0))
     losses = [m.train()(input_ids=tokens, labels=tokens).loss.item() for m in (model, high)]
     assert 0 < abs(losses[0] - losses[1]) < 0.05 * losses[1]
+
+
+def test_towers_of_images_stay_in_high_precision():
+    model = vision.ours("internvl_moe")
+    use_fp8(model, CPU)
+    made = [path for path, module in model.named_modules() if isinstance(module, Fp8Linear)]
+    assert len(made) == len([path for path in made if "language_model.layers." in path]) > 0
+    batch = {"input_ids": torch.tensor([vision.row(5, -2, 9)]), "pixel_values": vision.tiles(2)}
+    loss = model.train()(**batch, labels=batch["input_ids"], use_cache=False).loss
+    loss.backward()
+    assert loss.isfinite()
 
 
 def test_ranks_compute_what_one_process_does(one_process, ranks):

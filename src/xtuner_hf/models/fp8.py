@@ -22,8 +22,8 @@ from ..parallel.shard import is_sharded
 
 logger = logging.getLogger(__name__)
 
-# Parts of names: adapters are too thin to gain, `eh_proj` is high precision in published FP8 checkpoints.
-KEPT_HIGH = ("lora_", "eh_proj")
+# Parts of names: adapters are too thin to gain, the others are high precision in published FP8 checkpoints.
+KEPT_HIGH = ("lora_", "eh_proj", "vision_tower", "multi_modal_projector")
 
 
 def use_fp8(model: Any, device: Any) -> None:
