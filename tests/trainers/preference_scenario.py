@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import LoraConfig
 
 from tests.families import cast
 from tests.rl.toy import CHARACTERS, char_tokenizer
@@ -26,6 +27,12 @@ def pairs(num_pairs: int = 16, seed: int = 0) -> list[dict]:
         return "".join(CHARACTERS[i] for i in torch.randint(len(CHARACTERS), (length,), generator=generator))
 
     return [{"prompt": text(2, 9), "chosen": text(1, 14), "rejected": text(1, 14)} for _ in range(num_pairs)]
+
+
+def expert_lora() -> LoraConfig:
+    """Adapters on attention and experts, as PEFT starts them."""
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return LoraConfig(r=4, target_modules=["q_proj"], target_parameters=targets)
 
 
 def policy(seed: int = 0, dtype: torch.dtype = torch.float64, dense: bool = False):
@@ -50,7 +57,6 @@ def make_trainer(kind: Any, config_class: Any, folder: str, *, batch: int, accum
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
-        learning_rate=1e-3,
         logging_steps=1,
         report_to=[],
         use_cpu=True,
@@ -58,7 +64,7 @@ def make_trainer(kind: Any, config_class: Any, folder: str, *, batch: int, accum
         seed=3,
         **(
             {"save_strategy": "no", "gradient_checkpointing": False, "max_grad_norm": 0.5}
-            | {"router_aux_loss_coef": 0.0, "beta": 0.3}
+            | {"router_aux_loss_coef": 0.0, "beta": 0.3, "learning_rate": 1e-3}
             | arguments
         ),
     )

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from tests.ranks import run_on_ranks
-from tests.trainers.preference_scenario import policy
+from tests.trainers.preference_scenario import expert_lora, policy
 from tests.trainers.rl_scenario import PROMPTS, make_trainer, train
 from tests.trainers.test_dpo import assert_same_run
 from xtuner_hf import MoEDAPOConfig, MoEDAPOTrainer
@@ -120,10 +120,12 @@ def test_a_run_on_one_process():
 def test_two_processes_without_refill():
     """Clip-higher, the mean over tokens and the overlong punishment do not depend on the ranks."""
     settings = KERNEL | {"kind": "MoEDAPOTrainer", "dynamic_sampling": False, "soft_overlong_fraction": 0.5}
-    whole = train(**settings)
-    run = settings | {"batch": 2, "accumulation": 2, "ep_size": 2}
-    for (found,) in run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=[run]):
-        assert_same_run(found, whole)
+    adapted = settings | {"peft_config": expert_lora(), "optim": "sgd", "learning_rate": 0.1}
+    whole = [train(**run) for run in (settings, adapted)]
+    runs = [run | {"batch": 2, "accumulation": 2, "ep_size": 2} for run in (settings, adapted)]
+    for results in run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs):
+        for found, expected in zip(results, whole, strict=True):
+            assert_same_run(found, expected)
 
 
 def test_two_processes():

@@ -13,7 +13,15 @@ from trl import DPOConfig, DPOTrainer
 from tests.ranks import run_on_ranks
 from tests.rl.toy import char_tokenizer
 from tests.trainers.exact_head import EXACT_TOLERANCE, KERNEL_TOLERANCE
-from tests.trainers.preference_scenario import make_trainer, pairs, policy, reference_losses, run_quickly, train
+from tests.trainers.preference_scenario import (
+    expert_lora,
+    make_trainer,
+    pairs,
+    policy,
+    reference_losses,
+    run_quickly,
+    train,
+)
 from xtuner_hf import MoEDPOConfig, MoEDPOTrainer, MoEMPOConfig
 
 # fp64 models, but TRL's kernel returns log-probabilities in fp32: up to 1.5e-6 of a gradient's largest entry.
@@ -118,12 +126,21 @@ def test_two_processes(whole):
     adapted = {"peft_config": lora, "ref_model": None, "evaluate": True, "per_device_eval_batch_size": 4}
     splits += [split | {"batch": 4, "accumulation": 2, "sp_size": 2} for split in ({}, adapted)]
     runs = [{"loss_type": ["sigmoid", "sft"]} | BALANCED | split for split in splits]
+    # Adapters of experts start at 0, and so do gradients of half of them, of which AdamW would make any rounding a
+    # whole step.
+    experts = {"ref_model": None, "peft_config": expert_lora(), "experts_kernel": "reference"}
+    experts |= {"optim": "sgd", "learning_rate": 0.1}
+    runs.append(experts | {"batch": 2, "accumulation": 2, "ep_size": 2})
     with_adapters = train(loss_type=["sigmoid", "sft"], **BALANCED, **adapted)
-    for *results, of_adapters in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=runs):
+    with_experts = train(**experts)
+    assert with_experts["logs"][1]["loss"] < math.log(2) - 1e-4  # it has moved
+    function = "tests.trainers.preference_scenario:train_all"
+    for *results, of_adapters, of_experts in run_on_ranks(function, 2, runs=runs):
         for run in results:
             assert_same_run(run, whole)
         assert_same_run(of_adapters, with_adapters)
         assert of_adapters["evaluated"] == pytest.approx(with_adapters["evaluated"], rel=1e-6)
+        assert_same_run(of_experts, with_experts, 1e-6)
 
 
 def test_the_reference_is_sharded_as_the_policy_is():

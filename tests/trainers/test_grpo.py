@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.ranks import run_on_ranks
 from tests.rl.toy import char_tokenizer
-from tests.trainers.preference_scenario import policy, run_quickly
+from tests.trainers.preference_scenario import expert_lora, policy, run_quickly
 from tests.trainers.rl_scenario import make_trainer, rollouts, train
 from tests.trainers.test_dpo import TOLERANCE, assert_same_run, gradients, worst
 from xtuner_hf import AutoModelForCausalLM, MoEGRPOConfig, MoEGRPOTrainer
@@ -174,12 +174,16 @@ def test_two_processes(whole):
         # The model samples itself, over both processes.
         {"engine": None, "batch": 4, "ep_size": 2, "steps": 1},
     ]
-    reference = train(**plain)
-    for first, second, third, fourth in run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs):
+    adapted = EVERYTHING | {"peft_config": expert_lora(), "beta": 0.1, "optim": "sgd", "learning_rate": 0.1}
+    runs.append(adapted | {"batch": 2, "accumulation": 2, "ep_size": 2})
+    reference, reference_adapted = train(**plain), train(**adapted)
+    results = run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs)
+    for first, second, third, fourth, with_adapters in results:
         assert_same_run(first, whole)
         assert_same_run(second, whole)
         assert_same_run(third, reference)
         assert fourth["logs"][0]["completions/max_length"] > 0
+        assert_same_run(with_adapters, reference_adapted)
 
 
 def test_two_processes_that_share_sequences(whole):

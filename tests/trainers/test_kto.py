@@ -9,6 +9,7 @@ from trl import KTOConfig, KTOTrainer
 from tests.models.test_mtp import model_with_mtp
 from tests.ranks import run_on_ranks
 from tests.trainers.kto_scenario import train
+from tests.trainers.preference_scenario import expert_lora
 from tests.trainers.test_dpo import assert_same_run
 from xtuner_hf import MoEKTOConfig, MoEKTOTrainer
 from xtuner_hf.trainers.setup import prepare_model
@@ -37,9 +38,12 @@ def test_several_processes():
     pairs of ranks that share sequences, with adapters too, whose base is the reference."""
     balanced = KERNEL | {"router_aux_loss_coef": 0.05, "ref_model": None, "batch": 2}
     runs = [balanced | {"ep_size": 1}, balanced | {"ep_size": 2}, balanced | {"adapters": True}]
+    experts = balanced | {"peft_config": expert_lora(), "optim": "sgd"}
+    runs += [experts | {"ep_size": ep_size} for ep_size in (1, 2)]
     function = "tests.trainers.kto_scenario:train_all"
-    plain, expert_parallel, adapted = run_on_ranks(function, 2, runs=runs)[0]
+    plain, expert_parallel, adapted, of_experts, of_shared_experts = run_on_ranks(function, 2, runs=runs)[0]
     assert_same_run(expert_parallel, plain)
+    assert_same_run(of_shared_experts, of_experts)
     shared = [balanced | {"sp_size": 2, "ep_size": 2}, balanced | {"sp_size": 2, "adapters": True}]
     for runs in run_on_ranks(function, 4, runs=shared):
         for run, expected in zip(runs, (plain, adapted), strict=True):

@@ -6,7 +6,15 @@ import pytest
 from datasets import Dataset
 
 from tests.ranks import run_on_ranks
-from tests.trainers.preference_scenario import make_trainer, pairs, policy, reference_losses, run_quickly, train
+from tests.trainers.preference_scenario import (
+    expert_lora,
+    make_trainer,
+    pairs,
+    policy,
+    reference_losses,
+    run_quickly,
+    train,
+)
 from tests.trainers.test_dpo import TOLERANCE, assert_same_run, gradients, worst
 from xtuner_hf import MoEMPOConfig, MoEMPOTrainer
 
@@ -59,10 +67,14 @@ def test_two_processes(whole):
     splits = [{"batch": 4, "ep_size": 1}, {"batch": 2, "accumulation": 2, "ep_size": 2}]
     splits += [{"batch": 4, "accumulation": 2, "sp_size": 2}]
     runs = [{"kind": "MoEMPOTrainer", "steps": 3} | KERNEL | split for split in splits]
-    for results in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=runs):
-        for run in results:
-            assert run["shifts"] == pytest.approx(whole["shifts"], rel=TOLERANCE)
-            assert_same_run(run, whole)
+    adapted = KERNEL | {"kind": "MoEMPOTrainer", "ref_model": None, "peft_config": expert_lora()}
+    adapted |= {"optim": "sgd", "learning_rate": 0.1}
+    runs.append(adapted | splits[1])
+    whole_adapted = train(**adapted)
+    for *results, with_adapters in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=runs):
+        for run, expected in [*((run, whole) for run in results), (with_adapters, whole_adapted)]:
+            assert run["shifts"] == pytest.approx(expected["shifts"], rel=TOLERANCE, abs=1e-6)
+            assert_same_run(run, expected)
 
 
 def test_a_resumed_run_goes_on_with_the_shift():

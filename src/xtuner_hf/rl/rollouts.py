@@ -84,7 +84,7 @@ class EngineRollouts:
     def routes_of(self, token_ids: list[int]) -> torch.Tensor | None:
         """[tokens - 1, layers, K] of a sample of any number of turns, as the last one reported them."""
         for known, routes in reversed(self._turns):
-            if known[: len(token_ids)] == token_ids:  # TRL may have cut it
+            if _begins_with(known, token_ids):  # TRL may have cut it
                 return routes[: len(token_ids) - 1]
         return None
 
@@ -100,7 +100,7 @@ class EngineRollouts:
 
     def _routes_of_start(self, prompt: list[int]) -> torch.Tensor | None:
         """Those of the longest sample so far with which the prompt begins."""
-        starts = [(len(known), routes) for known, routes in self._turns if prompt[: len(known)] == known]
+        starts = [(len(known), routes) for known, routes in self._turns if _begins_with(prompt, known)]
         return max(starts, key=lambda start: start[0])[1] if starts else None
 
     def _send_weights(self, trainer: Any) -> None:
@@ -129,3 +129,9 @@ class EngineRollouts:
             stop_token_ids=tuple(trainer.eos_token_ids),
             seed=seed,
         )
+
+
+def _begins_with(tokens: list[int], start: list[int]) -> bool:
+    # Of thousands of tokens, the last one of the start tells most apart.
+    length = len(start)
+    return length <= len(tokens) and tokens[length - 1] == start[-1] and tokens[:length] == start

@@ -81,8 +81,9 @@ class EngineServer:
         self._server.server_close()
 
     def client(self, **settings: Any):
-        """Impatient, unless told otherwise."""
-        defaults: dict[str, Any] = {"deadline": 20.0, "try_timeout": 0.5, "retries": 2, "backoff": 0.01}
+        """Impatient where the server hangs, unless told otherwise."""
+        try_timeout = 0.5 if "hang" in self.faults else 20.0
+        defaults: dict[str, Any] = {"deadline": 60.0, "try_timeout": try_timeout, "retries": 2, "backoff": 0.01}
         if self.dialect == "sglang":
             config = self.engine.model.config
             defaults |= {"num_layers": _num_moe_layers(config), "experts_per_token": config.num_experts_per_tok}

@@ -81,7 +81,7 @@ def test_a_fault_that_stays_is_an_error_in_good_time(engine, dialect, fault):
         started = time.monotonic()
         with pytest.raises(EngineError, match=f"failed /.*generate 3 times, the last time with: .*({FAULTS[fault]})"):
             server.client().generate(PROMPTS, SAMPLING, want_routes=True)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30  # three tries of 0.5 s, on a machine that may be busy
 
 
 def test_what_is_refused_is_not_tried_again(engine):

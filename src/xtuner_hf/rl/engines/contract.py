@@ -91,7 +91,10 @@ class RolloutEngine(Protocol):
     def begin_update(self) -> None: ...
 
     def load(self, files: Sequence[Path]) -> None:
-        """Take the tensors of these safetensors files, under Hub names; of whole layers at a time."""
+        """Take the tensors of these safetensors files, under Hub names; of whole layers at a time.
+
+        An engine that is reached by NCCL would read them here, on the rank that drives it, and broadcast them.
+        """
 
     def end_update(self, version: str, folder: Path) -> None:
         """All files are loaded, or lie in `folder`; from here on sample with them."""
