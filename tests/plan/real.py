@@ -30,7 +30,8 @@ def make_job(family: str, world_size: int, changes: dict[str, Any] | None = None
     """A tiny job; `sizes` go to the layout."""
     layout = ParallelLayout(world_size, world_size, **sizes)
     values = {"seq_len": 48, "document_len": 20} | (changes or {})
-    return Job(ALL_FAMILIES[family].make_config(), layout, find_device("h100"), **values)
+    further = {"num_nextn_predict_layers": 1} if "mtp_loss_coef" in (changes or {}) else {}
+    return Job(ALL_FAMILIES[family].make_config(**further), layout, find_device("h100"), **values)
 
 
 class RecordedReads(HostReads):
@@ -38,6 +39,7 @@ class RecordedReads(HostReads):
 
     def __init__(self):
         self.counts: list[list] = []
+        self.labels: list[int] = []
 
     def lengths(self, cu_seqlens):
         with without_modes():
@@ -45,9 +47,9 @@ class RecordedReads(HostReads):
 
     def true_rows(self, mask_N):
         with without_modes():
-            rows_N = super().true_rows(mask_N)
-            assert rows_N.equal(torch.arange(len(rows_N)))
-        return torch.arange(len(rows_N))
+            rows_N = super().true_rows(mask_N).clone()
+        self.labels.append(len(rows_N))
+        return torch.arange(len(rows_N)).copy_(rows_N)
 
     def start_counts(self, counts, traffic: ExpertTraffic):
         return _RecordedCopy(counts, self.counts)
@@ -85,6 +87,7 @@ class Measured:
 
     report: StepReport
     counts: list[list]
+    labels: list[int]
 
 
 def measure(job: Job) -> Measured:
@@ -100,7 +103,7 @@ def measure(job: Job) -> Measured:
     reads = RecordedReads()
     with answered_by(reads), tracker:
         report = observe(job, tracker, model, ranks)
-    return Measured(replace(report, samples=[], spans=[]), reads.counts)
+    return Measured(replace(report, samples=[], spans=[]), reads.counts, reads.labels)
 
 
 def options_of(job: Job) -> dict[str, Any]:

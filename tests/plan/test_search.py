@@ -18,7 +18,7 @@ SMALL = {"num_hidden_layers": 3, "mlp_only_layers": [], "vocab_size": 1024}
 def job(memory_gib: float) -> Job:
     device = replace(find_device("h100"), memory_gib=memory_gib, outside_gib=0.0, ranks_per_node=4)
     config = ALL_FAMILIES["qwen3_moe"].make_config(**SMALL)
-    return Job(config, ParallelLayout(4, 4), device, seq_len=4096)
+    return Job(config, ParallelLayout(4, 4), device, seq_len=8192)
 
 
 @pytest.fixture(scope="module")

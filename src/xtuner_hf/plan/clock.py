@@ -31,6 +31,7 @@ class Stream:
 
     def __init__(self, clock: Clock, name: str):
         self.clock, self.name = clock, name
+        self.title = name  # what it turns out to be for
         self.free_at = 0.0
         self.busy = 0.0
 
@@ -86,14 +87,15 @@ class Clock:
     def __post_init__(self):
         self.compute = self.current = Stream(self, "compute")
         self._links: dict[str, Stream] = {}
-        self._number = 0
+        self._streams = [self.compute]
         self.begin = 0.0
 
     # ---- torch's interface of a device module ----
 
     def new_stream(self, *_: Any, **__: Any) -> Stream:
-        self._number += 1
-        return Stream(self, f"stream {self._number}")
+        stream = Stream(self, f"stream {len(self._streams)}")
+        self._streams.append(stream)
+        return stream
 
     def new_event(self, *_: Any, **__: Any) -> Event:
         return Event(self)
@@ -154,6 +156,10 @@ class Clock:
             stream.free_at, stream.busy = self.begin, 0.0
         self.host_time, self.host_waits = self.begin, 0
         self.spans.clear()
+
+    def titles(self) -> dict[str, str]:
+        """Of each stream, by its name."""
+        return {stream.name: stream.title for stream in self._streams}
 
     def busy_links(self) -> dict[str, float]:
         """Seconds that each link was busy."""

@@ -52,6 +52,7 @@ class StepReport:
     work: dict[str, Work]
     traffic: dict[tuple[str, str, str], Traffic]  # by mesh axis, kind, phase
     link_seconds: dict[str, float]
+    streams: dict[str, str]  # what each is for
     host_bytes_moved: int
     host_waits: int
     model_flops: float  # of this rank's share of the step, by models/flops.py
@@ -175,6 +176,7 @@ def make_report(job: Job, tracker: StepTracker, model) -> StepReport:
         work=dict(tracker.work),
         traffic=dict(tracker.traffic),
         link_seconds=clock.busy_links(),
+        streams=clock.titles(),
         host_bytes_moved=tracker.host_bytes_moved,
         host_waits=clock.host_waits,
         model_flops=TrainingFlops.of_model(model)(sum(job.documents), squared) * micro_batches,

@@ -65,9 +65,8 @@ def _memory(plan: Plan) -> str:
         if peak.by_category.get(name, 0) > GIB / 200:
             lines.append(_row(name, f"{peak.by_category[name] / GIB:8.2f}"))
     lines.append(_row("all tensors at their peak", f"{peak.total / GIB:8.2f}"))
-    pools = ", ".join(
-        f"{name} {size / GIB:.1f}" for name, size in sorted(_pools(report).items(), key=lambda item: -item[1])
-    )
+    largest_first = sorted(_pools(report).items(), key=lambda item: -item[1])
+    pools = ", ".join(f"{report.streams[name]} {size / GIB:.1f}" for name, size in largest_first if size)
     lines.append(_row("kept by the allocator's pools", f"{report.reserved / GIB:8.2f}   {pools}"))
     lines.append(_row("outside of tensors", f"{plan.job.device.outside_gib:8.2f}   context, collectives, workspaces"))
     if report.host_peak:

@@ -212,9 +212,11 @@ class StepTracker(TorchDispatchMode):
         if name == "copy_" and self.ledger.is_on_host(args[0]) != self.ledger.is_on_host(args[1]):
             moved = num_bytes(args[0])
             self.host_bytes_moved += moved
+            self.clock.current.title = "to the host" if self.ledger.is_on_host(args[0]) else "from the host"
             self.clock.run(moved / self.costs.device.host_link, "copy to or from the host")
             return
         if name == "all_gather_copy_in":
+            self.clock.current.title = "gathering"
             self.ledger.assign(outputs[-1], memory.GATHERED)
         elif name == "chunk_cat":
             self.ledger.assign(kwargs["out"], memory.REDUCED)
@@ -242,6 +244,7 @@ class StepTracker(TorchDispatchMode):
             self.ledger.assign(first, memory.GATHERED)
         elif kind == links.REDUCE_SCATTER:
             size = num_bytes(args[1])
+            self.clock.current.title = "reducing"
             self.ledger.assign(first, memory.GRADIENTS)
             self.ledger.assign(args[1], memory.REDUCED)
         elif kind == links.ALL_TO_ALL:  # the fuller direction counts
