@@ -2,8 +2,8 @@
 
     python benchmarks/planner_table.py [NAME ...]
 
-Runs the rows that benchmarks/results/planner_table.json lacks (all of it anew with --again), ten to forty seconds of one
-core each, and prints the table.
+Runs the rows that benchmarks/results/planner_table.json lacks (all of it anew with --again), ten to forty seconds of
+one core each, and prints the table.
 """
 
 from __future__ import annotations
