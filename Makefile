@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ENGINE := .venv-engine
 ENGINE_STAMP := $(ENGINE)/.installed
+NPU := .venv-npu
+NPU_STAMP := $(NPU)/.installed
+NPU_WHEEL := $(NPU)/.torch-npu
+NPU_TORCH := 2.13.0
 DEMO_OUT ?= demo_output
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint engine clean
+.PHONY: demo test test-npu lint engine clean
 
 # Trains a small Qwen3-MoE on real conversations: two CPU processes with FSDP2 and expert parallelism, or the GPUs.
 demo: $(STAMP)
@@ -16,6 +20,17 @@ demo: $(STAMP)
 
 test: $(STAMP) $(ENGINE_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The Ascend path, executed by the real torch_npu on a stand-in for an NPU (docs/npu.md), in an environment of its own:
+# where torch_npu is installed, torch cannot be imported without an NPU or this stand-in.
+test-npu:
+	@if ! command -v g++ >/dev/null || ! command -v nm >/dev/null; then \
+		echo "test-npu skipped: it compiles its stand-in, and g++ or nm (binutils) is missing"; \
+	elif ! $(MAKE) --no-print-directory $(NPU_WHEEL); then \
+		echo "test-npu skipped: torch-npu $(NPU_TORCH) cannot be installed on this platform and Python (see above)"; \
+	else \
+		$(MAKE) --no-print-directory $(NPU_STAMP) && OMP_NUM_THREADS=1 $(NPU)/bin/python -m pytest tests/npu; \
+	fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -42,5 +57,14 @@ $(ENGINE_STAMP): tests/engines/requirements-vllm.txt
 	$(ENGINE)/bin/python -c "import vllm"
 	touch $@
 
+$(NPU_WHEEL): constraints.txt
+	$(PYTHON) -m venv $(NPU)
+	$(NPU)/bin/python $(PIP) --constraint constraints.txt "torch==$(NPU_TORCH)" "torch-npu==$(NPU_TORCH)"
+	touch $@
+
+$(NPU_STAMP): $(NPU_WHEEL) pyproject.toml
+	$(NPU)/bin/python $(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ENGINE) $(DEMO_OUT)
+	rm -rf $(VENV) $(ENGINE) $(NPU) $(DEMO_OUT)

@@ -24,16 +24,21 @@ from tests.ports import free_port
 REPO = Path(__file__).resolve().parent.parent
 
 
-def run_on_ranks(function: str, world_size: int, timeout: float = 180, **kwargs: Any) -> list[Any]:
+def run_on_ranks(
+    function: str, world_size: int, timeout: float = 180, *, launcher: str = "tests.ranks", **kwargs: Any
+) -> list[Any]:
     """Call `module:function`(**kwargs) on each of `world_size` processes; returns what each rank returned.
 
     The processes have the environment of `accelerate launch --use_cpu`, also when there is only one of them.
+
+    Args:
+        launcher: the module that starts them, with the arguments of `main`.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(kwargs, Path(folder) / "kwargs.pt")
         # A session of its own, so that all ranks can be killed together.
         job = subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", function, folder, str(world_size)],
+            [sys.executable, "-m", launcher, function, folder, str(world_size)],
             cwd=REPO,
             env=_environment(world_size),
             start_new_session=True,

@@ -23,6 +23,15 @@ from trl import DPOTrainer, SFTTrainer
 from xtuner_hf import _compat
 
 
+def test_transformers_knows_the_collectives_of_all_our_devices():
+    from transformers.distributed.utils import get_distributed_backend
+
+    import xtuner_hf.parallel.shard  # noqa: F401  # registers them
+    from xtuner_hf.device import KINDS
+
+    assert [get_distributed_backend(kind.type) for kind in KINDS] == [kind.collectives for kind in KINDS]
+
+
 def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
 

@@ -28,7 +28,11 @@ from transformers.distributed.expert_parallel import (
     apply_expert_parallelism,
 )
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
-from transformers.distributed.utils import TransformersDeviceMesh, initialize_distributed_mesh
+from transformers.distributed.utils import (
+    DISTRIBUTED_BACKEND_MAP,
+    TransformersDeviceMesh,
+    initialize_distributed_mesh,
+)
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils.output_capturing import OutputRecorder
 from trl.kernels import ChunkedLogProbFunction
@@ -90,6 +94,7 @@ __all__ = [
     "parse_size_to_int",
     "ranks_per_node",
     "register_checkpoint_conversion_mapping",
+    "register_collectives",
     "revert_weight_conversion",
     "use_fsdp_on_cpu",
 ]
@@ -180,6 +185,11 @@ def flash_attention_by_name(
         attn_implementation=name,
         s_aux=sinks,
     )[0]
+
+
+def register_collectives(device_type: str, backend: str) -> None:
+    """Let transformers start process groups on a kind of device that its table lacks (Ascend's, in 5.23)."""
+    DISTRIBUTED_BACKEND_MAP.setdefault(device_type, backend)
 
 
 class _Axes:

@@ -1,5 +1,6 @@
 """`xtuner-hf`: commands around training.
 
+xtuner-hf doctor
 xtuner-hf plan qwen3-235b-a22b --gpus 256 --device h800 --seq-len 4096
 xtuner-hf bench --shapes qwen3-30b-a3b --lengths 4096
 xtuner-hf convert out/checkpoint-500 model-for-the-hub --dtype bfloat16
@@ -24,10 +25,20 @@ from .plan.command import run as run_plan
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="xtuner-hf", description="Commands around MoE training.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (_add_plan, _add_bench, _add_convert, _add_layout):
+    for add_command in (_add_doctor, _add_plan, _add_bench, _add_convert, _add_layout):
         add_command(commands)
     options = parser.parse_args(arguments)
     options.run(options)
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine has for training, what is missing and what to install",
+        description="Looks at packages, devices and what they need, without importing what might crash. Ends with 1 if "
+        "something is missing.",
+    )
+    doctor.set_defaults(run=_doctor)
 
 
 def _add_plan(commands: Any) -> None:
@@ -88,6 +99,12 @@ def _add_layout(commands: Any) -> None:
     layout.set_defaults(run=_layout)
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    raise SystemExit(examine())
+
+
 def _bench(options: argparse.Namespace) -> None:
     from .bench.command import run_benchmark
 
@@ -140,6 +157,7 @@ def convert_checkpoint(
     from .checkpoint.folder import complete_checkpoints, read_facts
     from .checkpoint.side_files import copy_side_files
     from .checkpoint.sources import CheckpointTensors
+    from .device import HOST_COLLECTIVES
     from .models.auto import model_class
 
     if read_facts(checkpoint) is None:
@@ -150,7 +168,7 @@ def convert_checkpoint(
     group = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group(HOST_COLLECTIVES)
         group = dist.group.WORLD
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     if (checkpoint / ADAPTER_CONFIG).exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +25,101 @@ DATA_SHEET_BF16_FLOPS = {
     "B200": 2250e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
+    "Ascend910B1": 400e12,
+    "Ascend910B2": 376e12,
+    "Ascend910B3": 313e12,
+    "Ascend910B4": 280e12,
+    "Ascend910_93": 376e12,  # one of the two dies of an Atlas A3's 910C, which is what torch calls a device
 }
 
+
+# torch.distributed's backend for tensors of the host.
+HOST_COLLECTIVES = "gloo"
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """What sets one kind of device apart from plain torch.
+
+    Args:
+        type: of torch.device.
+        collectives: torch.distributed's backend for it; None if not known.
+        tile_width: vocabulary entries that a chunked loss scores at once.
+        flash_attention: whether flash-attn's packages and torch's own flash attention of packed documents run on it.
+        fused: the module with its fused operators (kernels/device_operators.py); None computes with plain torch.
+        float64: whether it computes in float64; otherwise the values are float32 whatever the dtype says.
+        unsorted_topk: whether it has top-k in any order.
+        triton: whether our kernels in Triton (kernels/triton_*.py) are for it.
+        fused_rms_norm: whether torch's own RMSNorm is one fused kernel on it.
+        launched_as: what a launch config of Accelerate calls several of them.
+        signs: files that tell that such a device is in this machine, whatever torch can do with it.
+        plugin: the package that torch needs for it, of torch's own version; None where torch itself knows it.
+        runtime: what else must be installed, and the environment variable that says where.
+        set_up: what makes torch see it.
+    """
+
+    type: str
+    collectives: str | None = None
+    tile_width: int = 8192
+    flash_attention: bool = False
+    fused: str | None = None
+    float64: bool = True
+    unsorted_topk: bool = True
+    triton: bool = False
+    fused_rms_norm: bool = False
+    launched_as: str = ""
+    signs: tuple[str, ...] = ()
+    plugin: str | None = None
+    runtime: tuple[str, str] | None = None
+    set_up: str = ""
+
+
+# On a CPU a tile of 1,024 stays in the cache (2.1x faster than 8,192 at 1,024 tokens, hidden 128, vocabulary 152k); an
+# accelerator wants matrix products that fill it.
+KINDS = (
+    DeviceKind("cpu", HOST_COLLECTIVES, tile_width=1024),
+    DeviceKind(
+        *("cuda", "nccl"),
+        flash_attention=True,
+        triton=True,
+        fused_rms_norm=True,
+        launched_as="MULTI_GPU",
+        signs=("/dev/nvidiactl", "/dev/kfd"),
+        set_up="install a torch that is built for it, with the command that https://pytorch.org/get-started shows",
+    ),
+    DeviceKind(
+        *("npu", "hccl"),
+        fused="xtuner_hf.kernels.npu",
+        float64=False,
+        unsorted_topk=False,
+        launched_as="MULTI_NPU",
+        signs=("/dev/davinci_manager",),
+        plugin="torch-npu",
+        runtime=("CANN", "ASCEND_HOME_PATH"),
+        set_up="install driver and CANN, then `source /usr/local/Ascend/ascend-toolkit/set_env.sh` (docs/npu.md)",
+    ),
+)
+
+
+def kind_of(device: torch.device | str) -> DeviceKind:
+    """What is known of the kind of a device (or of that name); of one that is unknown here, what plain torch can."""
+    device_type = device if isinstance(device, str) else device.type
+    return next((kind for kind in KINDS if kind.type == device_type), DeviceKind(device_type))
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether tensors on it are in the memory of this process: nothing runs behind it, and nothing needs a copy."""
+    return device.type == "cpu"
+
+
+# What a dry run takes the way of, unless it is told otherwise.
+PLANNED_KIND = "cuda"
 
 _acting_kind: str | None = None
 
 
 def kind(device: torch.device) -> str:
-    """ "cuda", "npu" or "cpu": which way code takes where ways differ."""
+    """The name of a kind of device: which way code takes where ways differ."""
     return _acting_kind or device.type
 
 
@@ -46,9 +134,15 @@ def acting_as(device_kind: str) -> Iterator[None]:
         _acting_kind = before
 
 
+def best_device() -> torch.device:
+    """The accelerator that torch sees, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
 def device_name(device: torch.device) -> str:
     """What the maker calls it, "NVIDIA H200" say; "cpu" for a CPU."""
-    if device.type == "cpu":
+    if is_host(device):
         return "cpu"
     return torch.get_device_module(device).get_device_name(device)
 
@@ -60,17 +154,13 @@ def data_sheet_flops(name: str) -> float | None:
 
 
 def logits_tile_width(device: torch.device) -> int:
-    """Vocabulary entries that a chunked loss scores at once.
-
-    On a CPU a tile of 1,024 stays in the cache (2.1x faster than 8,192 at 1,024 tokens, hidden 128, vocabulary 152k);
-    an accelerator wants matrix products that fill it.
-    """
-    return 1024 if kind(device) == "cpu" else 8192
+    """Vocabulary entries that a chunked loss scores at once."""
+    return kind_of(kind(device)).tile_width
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on the device; a CPU has none queued."""
-    if device.type != "cpu":
+    if not is_host(device):
         torch.get_device_module(device).synchronize(device)
 
 
@@ -120,7 +210,7 @@ def measured_matmul_flops(device: torch.device, repeats: int = 5) -> float:
     Takes a tenth of a second or so. Of random numbers: with equal ones a GPU draws less power and is faster (an H200:
     894 instead of 788 TFLOP/s).
     """
-    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    size, dtype = (1024, torch.float32) if is_host(device) else (8192, torch.bfloat16)
     a = torch.randn(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one also warms up

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from .device import is_host
+
 
 class ExpertTraffic(NamedTuple):
     """What an EP dispatcher knows before it asks how many rows travel."""
@@ -55,7 +57,7 @@ class HostCopy:
     def __init__(self, tensor: torch.Tensor):
         self._copy = tensor.to("cpu", non_blocking=True)  # into pinned memory, from a device
         self._event = None
-        if tensor.device.type != "cpu":
+        if not is_host(tensor.device):
             self._event = torch.Event(tensor.device.type)
             self._event.record()
 

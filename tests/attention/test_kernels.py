@@ -46,7 +46,13 @@ def chosen(caplog, device="cuda", dtype=torch.bfloat16, head_size=128, sinks=Fal
         ((4,), {"head_size": 512}, "document by document, scaled_dot_product_attention"),
         ((4,), {"dropout": True}, "document by document, scaled_dot_product_attention"),
         ((4,), {"device": "cpu"}, "document by document, scaled_dot_product_attention"),
-        ((), {"device": "npu"}, "document by document, scaled_dot_product_attention"),
+        ((), {"device": "npu"}, "the device's fused attention"),
+        (
+            (2,),
+            {"device": "npu", "dtype": torch.float32, "dropout": True, "sinks": True},
+            "the device's fused attention",
+        ),
+        ((), {"device": "npu", "head_size": 1024}, "document by document, scaled_dot_product_attention"),
     ],
 )
 def test_choice(monkeypatch, caplog, installed, asked, expected):

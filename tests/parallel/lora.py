@@ -65,12 +65,11 @@ def make_trainer(
         logging_steps=1,
         router_aux_loss_coef=0.05,
         report_to=[],
-        use_cpu=True,
         watchdog_timeout=0,
         remove_unused_columns=False,
         seed=3,
         **({"dataset_kwargs": {"skip_prepare_dataset": True}} if is_sft else {}),
-        **({"bf16": False, "gradient_checkpointing": False} | arguments),
+        **({"use_cpu": True, "bf16": False, "gradient_checkpointing": False} | arguments),
     )
     set_seed(7)
     return getattr(xtuner_hf, kind)(

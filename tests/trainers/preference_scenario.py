@@ -59,12 +59,11 @@ def make_trainer(kind: Any, config_class: Any, folder: str, *, batch: int, accum
         max_steps=steps,
         logging_steps=1,
         report_to=[],
-        use_cpu=True,
         bf16=False,
         seed=3,
         **(
             {"save_strategy": "no", "gradient_checkpointing": False, "max_grad_norm": 0.5}
-            | {"router_aux_loss_coef": 0.0, "beta": 0.3, "learning_rate": 1e-3}
+            | {"router_aux_loss_coef": 0.0, "beta": 0.3, "learning_rate": 1e-3, "use_cpu": True}
             | arguments
         ),
     )

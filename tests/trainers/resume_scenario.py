@@ -48,11 +48,11 @@ def make_trainer(
         "save_steps": 3,
         "watchdog_timeout": 0,
         "seed": 3,
+        "use_cpu": True,
     }
     args = xtuner_hf.MoETrainingArguments(
         output_dir=output_dir,
         report_to=[],
-        use_cpu=True,
         bf16=False,
         remove_unused_columns=False,
         **(defaults | BALANCE | arguments),

@@ -44,6 +44,7 @@ def make_trainer(
         "gradient_checkpointing": False,
         "max_grad_norm": 0.0,
         "learning_rate": 1e-3,
+        "use_cpu": True,
     }
     args = config_class(
         output_dir=folder,
@@ -54,7 +55,6 @@ def make_trainer(
         num_generations=GROUP,
         shuffle_dataset=False,
         report_to=[],
-        use_cpu=True,
         bf16=False,
         seed=3,
         **(defaults | arguments),

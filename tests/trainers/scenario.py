@@ -27,10 +27,12 @@ BALANCE = {
     "router_bias_update_rate": 0.01,
 }
 
+STEP = {"experts_kernel": "reference", "learning_rate": 1e-3, "max_grad_norm": 0.5}
+
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().double().clone()
+    return tensor.detach().cpu().double().clone()
 
 
 class Recorder(TrainerCallback):
@@ -88,17 +90,14 @@ def train(
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_steps=steps,
-            max_grad_norm=0.5,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            use_cpu=True,
-            bf16=arguments.pop("bf16", False),
             gradient_checkpointing=arguments.pop("gradient_checkpointing", False),
             remove_unused_columns=False,
             seed=3,
             **({"dataset_kwargs": {"skip_prepare_dataset": True}} if trainer_kind == "MoESFTTrainer" else {}),
-            **(BALANCE | {"experts_kernel": "reference", "learning_rate": 1e-3} | arguments),
+            **(BALANCE | {"use_cpu": True, "bf16": False} | STEP | arguments),
         )
         keywords = {
             "data_collator": collator(pad_token_id=0, padding_free=packed, pad_to_multiple_of=pad_to_multiple_of),

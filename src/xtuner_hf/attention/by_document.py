@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..device import is_host
 from .documents import Documents
 from .sinks import CPU_KERNEL, SinkAttention, reference_sink_attention
 
@@ -114,7 +115,7 @@ def _kernel(q_GNLK, k_GMLK, v_GMLV, mask, scaling, sinks_N, dropout) -> torch.Te
         )
     groups = q_GNLK.shape[1] // k_GMLK.shape[1]
     k_GNLK, v_GNLV = (tensor.repeat_interleave(groups, dim=1) for tensor in (k_GMLK, v_GMLV))
-    if q_GNLK.device.type == "cpu" and not dropout:
+    if is_host(q_GNLK.device) and not dropout:
         return SinkAttention.apply(q_GNLK, k_GNLK, v_GNLV, sinks_N, mask, scaling, CPU_KERNEL)
     if mask is None:
         length = q_GNLK.shape[2]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ class Documents:
     @property
     def number(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where each document ends, on the host."""
+        return list(accumulate(self.lengths))
 
     @cached_property
     def lengths(self) -> list[int]:

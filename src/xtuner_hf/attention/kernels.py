@@ -3,10 +3,10 @@
     CUDA, bf16 or fp16    flash-attn 4, 3 or 2 through transformers, the newest that is installed; else torch's own
                           flash attention (torch.nn.attention.varlen)
     with sinks            flash-attn 4, which knows them; else torch's, by the formulas of attention/sinks.py
+    NPU                   its fused attention (kernels/npu/attention.py)
     anything else         document by document, with torch's scaled_dot_product_attention
 
-An NPU takes the last line too; an implementation for it belongs into `choose`. None of the CUDA lines has run on a GPU
-yet: the tests check which is chosen, and shapes.
+None of the CUDA lines has run on a GPU yet: the tests check which is chosen, and shapes.
 
 Legend: T tokens of all documents, N query heads, M key and value heads, K size of a query and key head, V of a value
 head.
@@ -23,6 +23,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from .._compat import cuda_flash_attention, cuda_flash_attention_backward, flash_attention_by_name
+from ..device import kind_of
+from ..kernels.device_operators import fused_on
 from .by_document import attention_by_document, with_equal_heads
 from .documents import Documents
 from .sinks import FusedKernel, SinkAttention
@@ -45,7 +47,10 @@ def choose(device_type: str, dtype: torch.dtype, head_size: int, has_sinks: bool
     """
     name, kernel = "document by document, scaled_dot_product_attention", attention_by_document
     is_half = dtype in (torch.bfloat16, torch.float16)
-    if device_type == "cuda" and is_half and head_size <= MAX_HEAD_SIZE and not has_dropout:
+    fused = fused_on(device_type)
+    if fused.attention is not None and head_size <= fused.max_head_size:
+        name, kernel = "the device's fused attention", fused.attention
+    elif kind_of(device_type).flash_attention and is_half and head_size <= MAX_HEAD_SIZE and not has_dropout:
         installed = _installed_flash_attention()
         if installed is not None and (not has_sinks or installed == "flash_attention_4"):
             name, kernel = installed, functools.partial(_flash_attention, installed)

@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from .._compat import cpu_flash_attention, cpu_flash_attention_backward
+from ..device import is_host
 
 SINK_ATTENTION = "xtuner_sinks"
 
@@ -108,7 +109,7 @@ def sink_attention_forward(
         is_hidden = attention_mask < 0
         attention_mask = torch.zeros_like(is_hidden, dtype=query.dtype)
         attention_mask.masked_fill_(is_hidden, torch.finfo(query.dtype).min)
-    if query.device.type == "cpu" and not dropout:
+    if is_host(query.device) and not dropout:
         output = SinkAttention.apply(query, key, value, s_aux, attention_mask, scaling, CPU_KERNEL)
     else:
         output = reference_sink_attention(query, key, value, s_aux, attention_mask, scaling, dropout)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..device import data_sheet_flops, device_name, measured_matmul_flops
+from ..device import best_device, data_sheet_flops, device_name, is_host, measured_matmul_flops
 from .rates import efficiencies
 from .report import plot, table
 from .run import Case, measure
@@ -29,7 +29,7 @@ from .shapes import SHAPES
 def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """What the command does; returns what bench.json holds."""
     started = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     shapes = {name: SHAPES[name].made_tiny() if options.tiny else SHAPES[name] for name in options.shapes}
     results: dict[str, Any] = {
         "device": device_name(device),
@@ -71,8 +71,8 @@ def _try(case: Case, shape: Any, device: torch.device, options: argparse.Namespa
         return case.__dict__ | {"error": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        if not is_host(device):
+            torch.get_device_module(device).empty_cache()
 
 
 def _write(results: dict[str, Any], folder: Path) -> None:

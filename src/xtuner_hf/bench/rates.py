@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..attention.documents import Documents
 from ..attention.kernels import choose
-from ..device import data_sheet_flops, device_name, measured_matmul_flops, synchronize
+from ..device import data_sheet_flops, device_name, is_host, measured_matmul_flops, synchronize
 from .shapes import Shape
 
 
@@ -37,7 +37,7 @@ def efficiencies(shape: Shape, tokens: int, length: int, device: torch.device) -
         measured), `measured_flops_per_second`, and `efficiencies`: dense_matmul, grouped_matmul, attention_forward and
         attention_backward, at this shape.
     """
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = torch.float32 if is_host(device) else torch.bfloat16
     measured = measured_matmul_flops(device)
     peak = data_sheet_flops(device_name(device)) or measured
     config: Any = shape.config()

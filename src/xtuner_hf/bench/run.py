@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM as StockModel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..data.collator import PackedCollator
-from ..device import synchronize
+from ..device import is_host, synchronize
 from ..models.auto import AutoModelForCausalLM
 from ..models.flops import TrainingFlops
 from ..moe.routing import Routing
@@ -123,7 +123,7 @@ def measure(case: Case, shape: Shape, device: torch.device, *, steps: int, warmu
     config = shape.config()
     if not ours:
         config._experts_implementation = experts
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = torch.float32 if is_host(device) else torch.bfloat16
     model_class: Any = AutoModelForCausalLM if ours else StockModel
     with torch.device(device):
         model = model_class.from_config(config, dtype=dtype)
@@ -137,7 +137,7 @@ def measure(case: Case, shape: Shape, device: torch.device, *, steps: int, warmu
             "logging_steps": warmup + steps,
             "save_strategy": "no",
             "report_to": [],
-            "use_cpu": device.type == "cpu",
+            "use_cpu": is_host(device),
             "bf16": False,
             "gradient_checkpointing": case.recompute == "full",
         }
@@ -153,10 +153,14 @@ def measure(case: Case, shape: Shape, device: torch.device, *, steps: int, warmu
             args = TrainingArguments(**common, per_device_train_batch_size=_rows(case))
             trainer = TimedTrainer(model=model, args=args, train_dataset=documents, callbacks=[clock])
         trainer.clock = clock
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if not is_host(device):
+            torch.get_device_module(device).reset_peak_memory_stats(device)
         trainer.train()
     return asdict(case) | _figures(case, clock.steps[warmup:], flops, loads, device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return torch.get_device_module(device).max_memory_allocated(device)
 
 
 def _figures(case: Case, timed: list[dict[str, float]], flops: TrainingFlops, loads: Loads, device) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def _figures(case: Case, timed: list[dict[str, float]], flops: TrainingFlops, lo
         "tokens_per_second_of_passes": case.tokens / passes,
         "model_tflops": work / seconds["step"] / 1e12,
         "model_tflops_of_passes": work / passes / 1e12,
-        "peak_gigabytes": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+        "peak_gigabytes": None if is_host(device) else _peak_bytes(device) / 1e9,
         "largest_load": loads.largest(),
     }
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .device_operators import fused_on
 from .swiglu import SwiGLU
 
 
@@ -88,7 +89,8 @@ def reference_experts(x_RH: torch.Tensor, weights: ExpertWeights, offsets_E: tor
 
 @register_experts_kernel("grouped_mm")
 def grouped_mm_experts(x_RH: torch.Tensor, weights: ExpertWeights, offsets_E: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.functional.grouped_mm`: all experts in one call, no host sync (CPU, and CUDA from SM80)."""
+    """All experts in one call, no host sync: `torch.nn.functional.grouped_mm` (CPU, and CUDA from SM80), or the grouped
+    matrix product that the device has fused."""
     gate_up_RF = _grouped_linear(x_RH, weights.gate_up_EHF, weights.gate_up_bias_EF, weights.gate_up_adapter, offsets_E)
     gated_RI = weights.gate(gate_up_RF)
     return _grouped_linear(gated_RI, weights.down_EIH, weights.down_bias_EH, weights.down_adapter, offsets_E)
@@ -108,6 +110,9 @@ def _grouped_linear(x_RA, weight_EAB, bias_EB, adapter: LowRank | None, offsets_
 
 
 def _grouped_mm(x_RA, weight_EAB, offsets_E) -> torch.Tensor:
+    fused = fused_on(x_RA.device).grouped_mm
+    if fused is not None:
+        return fused(x_RA, weight_EAB, offsets_E)
     # The kernel reads gradients by their strides and refuses broadcast ones (`y.sum().backward()`).
     return _ContiguousGradient.apply(F.grouped_mm(x_RA, weight_EAB, offs=offsets_E))
 

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from ..device import kind_of
 from . import rows
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def computing_dtype(x: torch.Tensor) -> torch.dtype:
 
 def row_kernels(device: torch.device) -> ModuleType:
     """The module with the steps of the MoE path for this device."""
-    if device.type != "cuda" or not has_triton():
+    if not kind_of(device).triton or not has_triton():
         return rows
     from . import triton_rows
 
@@ -47,7 +48,7 @@ def choose_experts_kernel(device_type: str, dtype: torch.dtype, sizes: tuple[int
         refusal: why the fused path cannot compute these experts, None if it can.
     """
     reason = refusal
-    if device_type != "cuda":
+    if not kind_of(device_type).triton:
         reason = f"the device is {device_type}"  # where results equal transformers' to the last bit
     elif not has_triton():
         reason = "triton is not installed"

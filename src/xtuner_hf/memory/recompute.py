@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
 
+from ..device import is_host
 from ..moe.router import Router
 from .offload import ActivationOffload
 
@@ -52,7 +53,7 @@ def is_attention(op: Any) -> bool:
     """Whether this operation is a whole attention kernel's forward pass."""
     name = op.name() if hasattr(op, "name") else str(op)
     base_name = name.split(".")[0]
-    is_backward = "backward" in name or "bwd" in name
+    is_backward = any(part in name for part in ("backward", "bwd", "_grad"))
     return base_name in _ATTENTION_OPS or (any(part in name for part in _ATTENTION_NAME_PARTS) and not is_backward)
 
 
@@ -133,7 +134,7 @@ def set_recompute(model: Any, policy: str, *, offload: bool = False, device: tor
     if offload:
         if device is None:
             raise ValueError("set_recompute(offload=True) needs the device that the model computes on.")
-        if device.type == "cpu":
+        if is_host(device):
             logger.warning("activation_offload on a CPU copies within the same memory: it costs time, saves nothing.")
         store = ActivationOffload.of_device(device)
     checkpoint = LayerCheckpoint(selective=selective, offload=store)

@@ -26,6 +26,7 @@ from ..kernels.fp8_weights import Fp8State
 from ..memory.recompute import LayerCheckpoint
 from ..moe.experts import implementation_name
 from ..parallel.shard import distribute_model
+from .norm import use_device_norms
 from .precision import fp32_buffers_kept
 
 DEFAULT_EXPERTS_KERNEL = "auto"
@@ -117,6 +118,11 @@ class HubModelMixin(_Base):
         if cls.keeps_unknown_tensors:
             model.unknown_tensors = tuple(sorted(info["unexpected_keys"]))
         return (model, info) if output_loading_info else model
+
+    def post_init(self) -> None:
+        """As in transformers; the model is built by now."""
+        super().post_init()
+        use_device_norms(self)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):

@@ -1,6 +1,6 @@
 """The experts of a layer: dispatch -> grouped MLP -> combine, as a module that transformers can shard and swap.
 
-Legend: T tokens, H hidden size, I expert intermediate size, E experts, K experts per token.
+Legend: T tokens, H hidden size, I expert intermediate size, F = 2*I, E experts, K experts per token, R = T*K rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from ..kernels.device_operators import fused_on
 from ..kernels.experts import EXPERTS_KERNELS, ExpertsKernel, ExpertWeights
 from ..kernels.fused import fp8_experts, fused_experts, refusal_of
 from ..kernels.select import choose_experts_kernel, computing_dtype
@@ -113,6 +114,14 @@ class GroupedExperts(nn.Module):
         )
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, config.moe_intermediate_size))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def _apply_gate(self, gate_up_RF: torch.Tensor) -> torch.Tensor:
+        """Where transformers' experts gate: [R, 2*I] -> [R, I]."""
+        fused = fused_on(gate_up_RF.device).swiglu
+        if fused is not None and isinstance(self.act_fn, nn.SiLU | SiLUActivation):
+            return fused(gate_up_RF)
+        gate, up = gate_up_RF.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """What transformers calls "eager": the reference kernel. [T, H], [T, K] int64, [T, K] fp32 -> [T, H]."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..device import kind_of
 from .routing import Routing
 from .tokens import TokenLayout
 
@@ -89,7 +90,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def select(self, scores_TE: torch.Tensor) -> torch.Tensor:
         """[T, K] int64: the chosen experts, in falling order of the score they are chosen by if `sorts_experts`."""
-        return self.biased(scores_TE).topk(self.top_k, dim=-1, sorted=self.sorts_experts).indices
+        sorts = self.sorts_experts or not kind_of(scores_TE.device).unsorted_topk
+        return self.biased(scores_TE).topk(self.top_k, dim=-1, sorted=sorts).indices
 
     def biased(self, scores_TE: torch.Tensor) -> torch.Tensor:
         bias = self.e_score_correction_bias

@@ -71,6 +71,7 @@ def shard_adapters(
     offload_policy: OffloadPolicy | None = None,
 ) -> None:
     """Let the adapters of fused experts be computed where the experts are, and shard them. Rank 0's values count.
+    Adapters of other layers stay whole, on the device.
 
     To be called once the experts are sharded and before the optimizer is made; what is sharded already stays.
     """
@@ -95,6 +96,10 @@ def shard_adapters(
             mp_policy=experts_precision(config.fsdp_mixed_precision),
             offload_policy=offload_policy or OffloadPolicy(),
         )
+    # PEFT has added them in host memory, and a trainer does not move a model that is sharded.
+    for parameter in model.parameters():
+        if not isinstance(parameter.data, DTensor):
+            parameter.data = parameter.data.to(dense_mesh.device_type)
 
 
 def sync_replicated_parameters(model: nn.Module, is_last_micro_batch: Any) -> None:

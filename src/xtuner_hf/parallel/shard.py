@@ -21,10 +21,16 @@ from .._compat import (
     apply_expert_parallelism,
     apply_fully_sharded_data_parallelism,
     initialize_distributed_mesh,
+    register_collectives,
 )
+from ..device import KINDS
 from .prefetch import set_prefetch
 
 logger = logging.getLogger(__name__)
+
+for _kind in KINDS:
+    if _kind.collectives is not None:
+        register_collectives(_kind.type, _kind.collectives)
 
 # transformers' DistributedConfig, whose sizes are declared optional but are numbers once it is made.
 ResolvedConfig = Any

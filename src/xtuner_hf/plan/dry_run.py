@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..attention.ulysses import SequenceRanks
-from ..device import acting_as
+from ..device import PLANNED_KIND, acting_as
 from ..host_reads import HostReads, answered_by
 from ..models.flops import TrainingFlops
 from ..models.manifest import meta_model
@@ -36,7 +36,7 @@ from .tracker import StepTracker, Traffic, Work
 
 # What the code takes the fake tensors' device for. torch_npu's own kernels need torch_npu: an NPU is planned with the
 # memory that CUDA's take.
-ACTS_AS = "cuda"
+ACTS_AS = PLANNED_KIND
 
 
 @dataclass

@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ..device import kind_of
 from ..models.manifest import meta_model
 from ..parallel.layout import ParallelLayout
 from .devices import GIB, PlanError
@@ -247,7 +248,7 @@ def training_arguments(job: Job) -> dict[str, Any]:
 
 def accelerate_config(job: Job) -> dict[str, Any]:
     """The launch file: as accelerate_configs/, with this job's machines."""
-    kind = {"cuda": "MULTI_GPU", "npu": "MULTI_NPU"}[job.device.kind]
+    kind = kind_of(job.device.kind).launched_as
     return {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": kind if job.layout.world_size > 1 else "NO",

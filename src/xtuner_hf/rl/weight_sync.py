@@ -301,6 +301,7 @@ def _trainer_scores(model: Any, token_ids: list[int]) -> torch.Tensor:
     was_training = model.training
     model.eval()
     ids = torch.tensor([token_ids], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+    # On the host: not every device has float64.
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].cpu().double()
     model.train(was_training)
-    return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
+    return logits.log_softmax(-1).gather(1, ids[0, 1:, None].cpu())[:, 0]

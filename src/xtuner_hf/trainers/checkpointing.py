@@ -38,6 +38,7 @@ from ..checkpoint.resume import (
     optimizer_groups,
     training_state,
 )
+from ..device import HOST_COLLECTIVES
 from ..models.base import HubModelMixin
 from ..parallel.adapters import base_model, is_adapted
 
@@ -75,8 +76,8 @@ class CheckpointingMixin(_Base):
             args.save_only_model = save_only_model
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         # One for this thread, one for the thread that writes: collectives of two threads must not share a group.
-        self._host_group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if distributed else None
-        self._saver = AsyncSaver(dist.new_group(backend="gloo", timeout=_TIMEOUT) if distributed else None)
+        self._host_group = dist.new_group(backend=HOST_COLLECTIVES, timeout=_TIMEOUT) if distributed else None
+        self._saver = AsyncSaver(dist.new_group(backend=HOST_COLLECTIVES, timeout=_TIMEOUT) if distributed else None)
         self.add_callback(_RestoreProgress(self))
         self._progress: dict[str, Any] | None = None
 

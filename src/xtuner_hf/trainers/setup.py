@@ -7,6 +7,7 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -14,6 +15,7 @@ from transformers.distributed import DistributedConfig
 from .._compat import launched_with_fsdp, loads_on_rank_0_only
 from ..attention.ulysses import check_heads
 from ..attention.varlen import VARLEN_ATTENTION, attention_refusal
+from ..device import kind_of
 from ..memory.recompute import set_recompute
 from ..models.auto import check_has_mtp, load_model
 from ..models.base import HubModelMixin
@@ -87,6 +89,7 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
         check_accelerate_door(model)
     model = _load(model, layout, args) if isinstance(model, str) else _adopt(model, layout, args)
     _check_mtp(base_model(model), args)
+    check_dtype(base_model(model), args.device)
     if layout.sp_size > 1:
         check_attention(base_model(model).config.get_text_config(), layout.sp_size)
     if args.world_size > 1 and args.process_index == 0:
@@ -94,13 +97,29 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     sum_gradients(model)
     if args.fp8:
         use_fp8(base_model(model), args.device)
-    if args.device.type == "cuda":
+    if kind_of(args.device).fused_rms_norm:
         fuse_norms(base_model(model))
     if args.compile_blocks:
         compile_blocks(base_model(model))
     set_recompute(base_model(model), args.recompute or "full", offload=args.activation_offload, device=args.device)
     prepare_vision(model, args)
     return model
+
+
+def check_dtype(model: nn.Module, device: torch.device) -> None:
+    """Whether the device computes in the model's dtype.
+
+    Raises:
+        ValueError: for float64 where there is none, and torch would go on in float32 with a warning.
+    """
+    if kind_of(device).float64:
+        return
+    name = next((name for name, parameter in model.named_parameters() if parameter.dtype == torch.float64), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} is float64, which {device.type} devices do not compute in; load the model with dtype='float32', "
+            "or train on the CPU with --use_cpu."
+        )
 
 
 def check_attention(config: Any, sp_size: int) -> None:

@@ -15,6 +15,7 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 from ...moe.block import SparseMoEBlock
 from ...moe.experts import GroupedExperts
 from ...moe.router import SigmoidGroupRouter
+from ..attention import LatentAttention
 from ..base import use_hub_layout
 from ..moe_model import BalanceDefaults, MoEDecoderLayer, MoEPreTrainedMixin, recorded_outputs
 from ..mtp import MTPCausalLMMixin, MTPLayerMixin, MTPModelMixin, stored_copies
@@ -55,10 +56,18 @@ def build_sigmoid_block(config: Any, mlp_class: type[nn.Module]) -> SparseMoEBlo
     return SparseMoEBlock(router, GroupedExperts(config), shared_experts)
 
 
+class DeepseekV3Attention(LatentAttention, hf.DeepseekV3Attention):
+    eager = staticmethod(hf.eager_attention_forward)
+
+    def plain_rotary(self, q, k, cos, sin):
+        rotary = hf.apply_rotary_pos_emb_interleave if self.config.rope_interleave else hf.apply_rotary_pos_emb
+        return rotary(q, k, cos, sin)
+
+
 class DeepseekV3DecoderLayer(MoEDecoderLayer):
     def __init__(self, config: DeepseekV3Config, layer_idx: int):
         check_routing(config)
-        attention = hf.DeepseekV3Attention(config, layer_idx)
+        attention = DeepseekV3Attention(config, layer_idx)
         # As the engines that serve these models do; transformers has 1e-6 whatever the configuration says.
         for norm in (attention.q_a_layernorm, attention.kv_a_layernorm):
             if norm is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers.models.glm4_moe import modeling_glm4_moe as hf
 from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
 
+from ..attention import GroupedQueryAttention
 from ..base import use_hub_layout
 from ..deepseek_v3.modeling import build_sigmoid_block
 from ..moe_model import BalanceDefaults, MoEDecoderLayer, MoEPreTrainedMixin, recorded_outputs
@@ -13,11 +14,16 @@ from ..mtp import MTPCausalLMMixin, MTPLayerMixin, MTPModelMixin, stored_copies
 use_hub_layout("glm4_moe", further=stored_copies())
 
 
+class Glm4MoeAttention(GroupedQueryAttention, hf.Glm4MoeAttention):
+    plain_rotary = staticmethod(hf.apply_rotary_pos_emb)
+    eager = staticmethod(hf.eager_attention_forward)
+
+
 class Glm4MoeDecoderLayer(MoEDecoderLayer):
     def __init__(self, config: Glm4MoeConfig, layer_idx: int):
         is_dense = layer_idx < config.first_k_dense_replace
         mlp = hf.Glm4MoeMLP(config) if is_dense else build_sigmoid_block(config, hf.Glm4MoeMLP)
-        super().__init__(config, hf.Glm4MoeAttention(config, layer_idx), mlp, hf.Glm4MoeRMSNorm)
+        super().__init__(config, Glm4MoeAttention(config, layer_idx), mlp, hf.Glm4MoeRMSNorm)
 
 
 class Glm4MoeMTPLayer(MTPLayerMixin, Glm4MoeDecoderLayer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers.models.qwen3 import modeling_qwen3 as hf
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
+from ..attention import GroupedQueryAttention
 from ..base import HubModelMixin, use_hub_layout
 from ..head import ChunkedLossMixin, LMHead
 from ..trunk import TrunkMixin
@@ -16,8 +17,16 @@ class Qwen3PreTrainedModel(HubModelMixin, hf.Qwen3PreTrainedModel):
     pass
 
 
+class Qwen3Attention(GroupedQueryAttention, hf.Qwen3Attention):
+    plain_rotary = staticmethod(hf.apply_rotary_pos_emb)
+    eager = staticmethod(hf.eager_attention_forward)
+
+
 class Qwen3Model(TrunkMixin, Qwen3PreTrainedModel, hf.Qwen3Model):
-    pass
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.self_attn.__class__ = Qwen3Attention  # transformers has built the layers
 
 
 class Qwen3ForCausalLM(ChunkedLossMixin, Qwen3PreTrainedModel, hf.Qwen3ForCausalLM):

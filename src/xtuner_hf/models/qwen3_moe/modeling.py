@@ -8,6 +8,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from ...moe.block import SparseMoEBlock
 from ...moe.experts import GroupedExperts
 from ...moe.router import SoftmaxTopKRouter
+from ..attention import GroupedQueryAttention
 from ..base import use_hub_layout
 from ..moe_model import (
     BalanceDefaults,
@@ -37,6 +38,11 @@ def build_sparse_block(config: Qwen3MoeConfig) -> SparseMoEBlock:
     return SparseMoEBlock(router, GroupedExperts(config))
 
 
+class Qwen3MoeAttention(GroupedQueryAttention, hf.Qwen3MoeAttention):
+    plain_rotary = staticmethod(hf.apply_rotary_pos_emb)
+    eager = staticmethod(hf.eager_attention_forward)
+
+
 class Qwen3MoeDecoderLayer(MoEDecoderLayer):
     def __init__(self, config: Qwen3MoeConfig, layer_idx: int):
         is_dense = layer_idx in config.mlp_only_layers or (layer_idx + 1) % config.decoder_sparse_step != 0
@@ -44,7 +50,7 @@ class Qwen3MoeDecoderLayer(MoEDecoderLayer):
             mlp = hf.Qwen3MoeMLP(config, intermediate_size=config.intermediate_size)
         else:
             mlp = build_sparse_block(config)
-        super().__init__(config, hf.Qwen3MoeAttention(config, layer_idx), mlp, hf.Qwen3MoeRMSNorm)
+        super().__init__(config, Qwen3MoeAttention(config, layer_idx), mlp, hf.Qwen3MoeRMSNorm)
 
 
 class Qwen3MoePreTrainedModel(MoEPreTrainedMixin, hf.Qwen3MoePreTrainedModel):
