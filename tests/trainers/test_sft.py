@@ -133,6 +133,20 @@ def test_prepared_rows_are_taken_as_they_are(tmp_path, pad_to_multiple_of):
         next(iter(unpacked.get_train_dataloader()))
 
 
+def test_packed_rows_above_the_budget_are_split_or_named(tmp_path):
+    """Packed to 256 tokens, trained on with a budget of 128."""
+    packed = prepare_dataset(conversations(), tiny_tokenizer(), 256)
+    budget = {"max_length": 128, "max_tokens_per_micro_batch": 128, "packing": True, "max_steps": 1}
+    with pytest.raises(ValueError, match=r"\d+ of \d+ rows have more than max_tokens_per_micro_batch=128"):
+        trainer(tmp_path, packed, **budget)
+    ours = trainer(tmp_path, packed, on_long_row="split", eval_dataset=packed, **budget)
+    lengths = [sum(row) for row in ours.train_dataset["seq_lengths"]]
+    assert sum(lengths) == sum(map(len, packed["input_ids"]))
+    assert max(lengths) <= 128 < max(map(len, packed["input_ids"]))
+    assert all(batch["input_ids"].shape[1] <= 128 for batch in ours.get_train_dataloader())
+    assert ours.eval_dataset[:] == packed[:]
+
+
 def test_a_streamed_data_set(tmp_path):
     rows = list(conversations())
     streamed = IterableDataset.from_generator(lambda: iter(rows))

@@ -30,6 +30,7 @@ def fit_rows(
     *,
     keep: str = "start",
     name: str = "dataset",
+    window: str = "max_length",
 ) -> Dataset | IterableDataset:
     """Deal with rows of more than `max_length` tokens.
 
@@ -39,6 +40,7 @@ def fit_rows(
             is done to how many rows is logged, for a streamed data set without the number. No image is cut. Packed rows
             are split between documents, and a document only where it is longer than `max_length` itself; they are not
             truncated.
+        window: what `max_length` is called where the user set it.
         keep: "start" or "end", of a truncated row. Rows of which no label is left are left out.
 
     Raises:
@@ -61,7 +63,7 @@ def fit_rows(
         cut["fn_kwargs"]["keep"] = keep
     if isinstance(dataset, IterableDataset):
         if on_long_row != "error":
-            warn(logger, f"{name}: rows of more than max_length={max_length} tokens: {on_long_row}.")
+            warn(logger, f"{name}: rows of more than {window}={max_length} tokens: {on_long_row}.")
         return dataset.map(**cut)
     lengths = row_lengths(dataset)
     if not lengths.all():
@@ -69,11 +71,11 @@ def fit_rows(
     long_rows = int((lengths > max_length).sum())
     if not long_rows:
         return dataset
-    found = f"{long_rows:,} of {len(lengths):,} rows have more than max_length={max_length} tokens"
+    found = f"{long_rows:,} of {len(lengths):,} rows have more than {window}={max_length} tokens"
     first = int(np.argmax(lengths > max_length))
     if on_long_row == "error":
         raise ValueError(
-            f"{name}: {found} (the longest {lengths.max():,}; the first is {name}[{first}]). Raise max_length, or set "
+            f"{name}: {found} (the longest {lengths.max():,}; the first is {name}[{first}]). Raise {window}, or set "
             "on_long_row to 'split', 'truncate' or 'skip'."
         )
     rows = dataset.map(desc=f"Cutting {name}", **cut)

@@ -143,7 +143,9 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
             budget = args.max_tokens_per_micro_batch
             if budget is not None and dataset_name == "train":
                 with global_then_local_main_first():
-                    dataset = fit_rows(dataset, budget, args.on_long_row, name=name)
+                    dataset = fit_rows(
+                        dataset, budget, args.on_long_row, name=name, window="max_tokens_per_micro_batch"
+                    )
             return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         if self._tiler is not None and "input_ids" not in columns:
             dataset = self._tokenize(dataset, processing_class, args, name)
