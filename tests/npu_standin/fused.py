@@ -244,6 +244,11 @@ def npu_clipped_swiglu(x, *, group_index=None, dim=-1, alpha=1.702, limit=7.0, b
     return (gate * torch.sigmoid(alpha * gate) * (up + bias)).to(x.dtype)
 
 
+@kernel
+def npu_format_cast(x, acl_format, **unused):
+    return x.clone()  # another order in memory, the same values: what convolutions want of their weights
+
+
 # ---- attention
 
 
