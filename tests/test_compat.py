@@ -302,6 +302,15 @@ def test_methods_of_parents_that_trainers_override():
     assert parameters(Trainer._set_signature_columns_if_needed) == ["self"]
 
 
+def test_what_lmdeploy_changes_in_a_handle():
+    """It puts its own device in the place of argument 6 of what `reduce_tensor` returns for a CUDA tensor."""
+    from torch.multiprocessing import reductions
+
+    assert parameters(_compat.reduce_tensor) == ["tensor"]
+    assert "rebuild_cuda_tensor," in inspect.getsource(reductions.reduce_tensor)
+    assert parameters(reductions.rebuild_cuda_tensor)[6] == "storage_device"
+
+
 def test_what_sequence_parallelism_leans_on():
     """Names by which transformers, TRL and accelerate count ranks that share a batch."""
     assert "self.get_tp_size() * self.get_cp_size()" in inspect.getsource(Trainer._get_num_items_in_batch)

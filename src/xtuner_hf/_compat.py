@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from huggingface_hub.serialization._base import parse_size_to_int
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.multiprocessing.reductions import reduce_tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
 from transformers.distributed.expert_parallel import (
@@ -93,6 +94,7 @@ __all__ = [
     "optimal_tiled_canvas",
     "parse_size_to_int",
     "ranks_per_node",
+    "reduce_tensor",
     "register_checkpoint_conversion_mapping",
     "register_collectives",
     "revert_weight_conversion",

@@ -24,6 +24,7 @@ class Collector:
         fails_in_layer: raise when that many layers have arrived.
     """
 
+    scores_given_tokens: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     reads_whole_folder: ClassVar[bool] = False
 

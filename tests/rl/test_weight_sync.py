@@ -14,7 +14,7 @@ from tests.checkpoint.families import write_case
 from tests.checkpoint.official import read_stored, same_bytes
 from tests.families import FAMILIES
 from tests.ranks import run_on_ranks
-from tests.rl.engines.server import EngineServer
+from tests.rl.engines.server import EngineServer, SharedMemory
 from tests.rl.sync_scenario import Collector
 from tests.tiny import build, moe_config
 from xtuner_hf import Qwen3MoeForCausalLM
@@ -54,13 +54,25 @@ def test_an_engine_gets_what_a_checkpoint_holds_layer_by_layer(family, tmp_path)
     assert not (tmp_path / "weights").exists()
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "sglang", None])
-def test_the_engine_computes_what_the_trainer_does(dialect, tmp_path):
+class SamplesOnly(LocalEngine):
+    """As LMDeploy: no log-probabilities but of what it sampled."""
+
+    scores_given_tokens = False
+
+    def score(self, token_ids):
+        raise AssertionError("it was asked for scores of given tokens")
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang", "lmdeploy", "samples only", None])
+def test_the_engine_computes_what_the_trainer_does(dialect, tmp_path, monkeypatch):
+    SharedMemory(monkeypatch)
     changes = {"router_correction_bias": True}  # a buffer, which decides the routes
-    trainer, engine = model_of(0, **changes), LocalEngine(model_of(1, **changes))
+    local = SamplesOnly if dialect == "samples only" else LocalEngine
+    trainer, engine = model_of(0, **changes), local(model_of(1, **changes))
     trainer.model.layers[0].mlp.gate.e_score_correction_bias += torch.linspace(-0.3, 0.3, 8)
-    with EngineServer(dialect or "vllm", engine) as server:
-        client = engine if dialect is None else server.client(try_timeout=20)
+    is_served = dialect not in (None, "samples only")
+    with EngineServer(dialect if is_served else "vllm", engine) as server:
+        client = server.client(try_timeout=20) if is_served else engine
         sync = WeightSync(client, tmp_path / "weights")
         metrics = sync(trainer, "1")
         assert metrics["weight_sync/probe_difference"] < 1e-5
@@ -78,12 +90,15 @@ def test_the_engine_computes_what_the_trainer_does(dialect, tmp_path):
         ("vllm", "experts", "it takes no notice of its experts. "),
         ("sglang", "lm_head", "it takes no notice of its output head. "),
         ("vllm", "self_attn.v_proj", "it misreads its attention. "),  # it takes the others of that class
+        ("lmdeploy", "experts", "it takes no notice of its experts. "),
+        ("lmdeploy", ".", "attention, embeddings, experts, norms, output head, routers. "),  # stale
     ],
 )
-def test_tensors_that_an_engine_drops_are_named(dialect, drops, verdict, tmp_path):
+def test_tensors_that_an_engine_drops_are_named(dialect, drops, verdict, tmp_path, monkeypatch):
+    SharedMemory(monkeypatch)
     small = {"num_hidden_layers": 2, "mlp_only_layers": []}
     with EngineServer(dialect, LocalEngine(model_of(1, **small)), drops=drops) as server:
-        sync = WeightSync(server.client(try_timeout=20), tmp_path / "weights")
+        sync = WeightSync(server.client(try_timeout=20), tmp_path / "weights", probe_tokens=32)
         with pytest.raises(
             WeightSyncError, match=r"differ from the trainer's by up to .* \(tolerance 0\.001\)"
         ) as error:
@@ -91,10 +106,11 @@ def test_tensors_that_an_engine_drops_are_named(dialect, drops, verdict, tmp_pat
     assert verdict in str(error.value)
 
 
-def test_tensors_that_an_engine_misreads_are_named(tmp_path):
+@pytest.mark.parametrize("local", [LocalEngine, SamplesOnly])
+def test_tensors_that_an_engine_misreads_are_named(local, tmp_path):
     """As an engine does that packs experts when it starts and not when it reloads."""
 
-    class Swaps(LocalEngine):
+    class Swaps(local):
         def end_update(self, version: str, folder: Path) -> None:
             def other(name: str) -> str:
                 is_gate = "experts" in name and "gate_proj" in name

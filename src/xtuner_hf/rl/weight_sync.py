@@ -3,7 +3,7 @@
     layer 0   every rank: its experts of the layer, its share of the rest -> one safetensors file
               all files there? -> rank 0: the engine reads them -> they are removed
     layer 1   ...
-    probe     the engine scores a fixed text and the trainer does; they must agree
+    probe     the engine scores a fixed text, or answers to its pieces, and the trainer does; they must agree
 
 Through storage that trainer and engine share: a RAM disk (/dev/shm) on one node, a network file system on several. It
 holds one layer at a time, or the checkpoint for an engine that reads whole folders (SGLang). No rank ever holds more of
@@ -23,6 +23,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ from ..checkpoint.sources import LiveTensors, TensorSource
 from ..models.base import fail_together
 from ..parallel.adapters import base_model, is_adapted, without_adapters
 from ..parallel.shard import local_part
-from .engines.contract import EngineError, RolloutEngine
+from .engines.contract import EngineError, RolloutEngine, Sampling
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 1e-3
+_PIECE = 8  # tokens of a prompt, and of the answer, where an engine scores nothing but its answers
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 # What a failed probe tells apart; the first pattern that fits a name, the model's own or the Hub's.
 _CLASSES = (
@@ -65,6 +67,21 @@ class WeightSyncError(EngineError):
     """An engine that does not compute what the trainer does after it took the trainer's weights."""
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What an engine says of rows of tokens.
+
+    Args:
+        rows: token ids.
+        given: of each row, how many tokens come before those that are scored.
+        logps: of the others, row after row, in nats at temperature 1.
+    """
+
+    rows: list[list[int]]
+    given: list[int]
+    logps: list[float]
+
+
 class WeightSync:
     """Brings a model's weights to an engine and proves that they arrived. Collective.
 
@@ -74,7 +91,8 @@ class WeightSync:
         dtype: of what is sent; None keeps the model's. What the family keeps in fp32 stays so.
         quantised_like: the quantised checkpoint (folder) that the engine was started with; weights are then sent in its
             format (FP8 blocks, MXFP4).
-        probe_tokens: length of the text that both score. It proves the experts that it reaches: with 256 tokens,
+        probe_tokens: length of the text that both score; where the engine scores nothing but its own answers, of all
+            prompts together, with as many tokens in answers. It proves the experts that it reaches: with 256 tokens,
             nearly all of 128 with 8 a token. 0 for no probe, at your own risk.
         tolerance: largest difference of a token's log-probability. 1e-3 fits fp32 on both sides; bf16 engines differ
             by some 0.01 to 0.1.
@@ -214,8 +232,8 @@ class WeightSync:
 
     def _probe(self, model: Any) -> float:
         """Largest difference of a token's log-probability between engine and trainer, in nats."""
-        engine, trainer = self._engine_scores(model), _trainer_scores(model, self._text(model))
-        return float((engine - trainer).abs().max().nan_to_num(nan=torch.inf))
+        scored = self._engine_scores(model)
+        return _difference(scored, _trainer_scores(model, scored))
 
     def _text(self, model: Any) -> list[int]:
         """Random tokens, the same in every sync: they reach experts that fluent text may not."""
@@ -223,11 +241,33 @@ class WeightSync:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (self.probe_tokens,), generator=generator).tolist()
 
-    def _engine_scores(self, model: Any) -> torch.Tensor:
-        scores = [self._together(self.engine.score, self._text(model))]
-        if self.group is not None and self.engine.shared:
-            dist.broadcast_object_list(scores, src=0, group=self.group)
-        return torch.tensor(scores[0], dtype=torch.float64)
+    def _engine_scores(self, model: Any) -> Scored:
+        """The same on all ranks: of the one engine, or of each rank's own, one after the other."""
+        found = [self._together(self._ask, self._text(model))]
+        if self.group is not None:
+            found *= self.world_size
+            dist.all_gather_object(found, found[self.rank], group=self.group)
+        by_engine = [scored for scored in found if scored is not None]
+        return Scored(
+            rows=[row for scored in by_engine for row in scored.rows],
+            given=[given for scored in by_engine for given in scored.given],
+            logps=[logp for scored in by_engine for logp in scored.logps],
+        )
+
+    def _ask(self, text: list[int]) -> Scored:
+        """Scores of the text; or of what the engine answers to its pieces, which proves the path that decodes too.
+
+        It answers with the likeliest tokens, so that one that takes no notice of new weights says the same again.
+        """
+        if self.engine.scores_given_tokens:
+            return Scored([text], [1], self.engine.score(text))
+        prompts = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
+        answers = self.engine.generate(prompts, Sampling(max_tokens=_PIECE, top_k=1))
+        return Scored(
+            rows=[prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)],
+            given=[len(prompt) for prompt in prompts],
+            logps=[logp for answer in answers for logp in answer.logprobs],
+        )
 
     def _explain(self, model: Any, version: str, difference: float) -> str:
         """Which tensors the engine ignores or misreads.
@@ -236,7 +276,7 @@ class WeightSync:
         agrees with the trainer now, and does not with the true values, misreads it.
         """
         ignored, misread = [], []
-        true_scores, text = self._engine_scores(model), self._text(model)
+        true_scores = self._engine_scores(model)
         for name in sorted({_class_of(name) for name in model.state_dict()}):
 
             def is_of_class(hub_name: str, name: str = name) -> bool:
@@ -244,12 +284,13 @@ class WeightSync:
 
             with _zeroed(model, is_of_class):
                 self._send(model, version, only=is_of_class)
-                engine, trainer = self._engine_scores(model), _trainer_scores(model, text)
+                scored = self._engine_scores(model)
+                trainer = _trainer_scores(model, scored)
             self._send(model, version, only=is_of_class)
             is_uniform = bool((trainer - trainer[0]).abs().max() < 1e-6)  # no token is likelier: any engine agrees
-            if torch.equal(engine, true_scores):
+            if scored == true_scores:
                 ignored.append(name)
-            elif not is_uniform and float((engine - trainer).abs().max()) <= self.tolerance:
+            elif not is_uniform and _difference(scored, trainer) <= self.tolerance:
                 misread.append(name)
         verdicts = ([f"it takes no notice of its {', '.join(ignored)}"] if ignored else []) + (
             [f"it misreads its {', '.join(misread)}"] if misread else []
@@ -296,12 +337,22 @@ def _zeroed(model: torch.nn.Module, chosen: Callable[[str], bool]) -> Iterator[N
 
 
 @torch.no_grad()
-def _trainer_scores(model: Any, token_ids: list[int]) -> torch.Tensor:
-    """[P - 1] fp64, as `RolloutEngine.score`. Collective for a sharded model."""
+def _trainer_scores(model: Any, scored: Scored) -> torch.Tensor:
+    """[tokens] fp64, as `Scored.logps`. Collective for a sharded model."""
     was_training = model.training
     model.eval()
-    ids = torch.tensor([token_ids], device=model.device)
+    width = max(map(len, scored.rows))
+    ids_BS = torch.tensor([row + [0] * (width - len(row)) for row in scored.rows])  # nothing looks at what comes later
     # On the host: not every device has float64.
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].cpu().double()
+    logits_BSV = model(input_ids=ids_BS.to(model.device), use_cache=False).logits.cpu()
     model.train(was_training)
-    return logits.log_softmax(-1).gather(1, ids[0, 1:, None].cpu())[:, 0]
+    logps = []
+    for ids_S, logits_SV, row, given in zip(ids_BS, logits_BSV, scored.rows, scored.given, strict=True):
+        logps_SV = logits_SV[given - 1 : len(row) - 1].double().log_softmax(-1)
+        logps.append(logps_SV.gather(1, ids_S[given : len(row), None])[:, 0])
+    return torch.cat(logps)
+
+
+def _difference(scored: Scored, trainer: torch.Tensor) -> float:
+    engine = torch.tensor(scored.logps, dtype=torch.float64)
+    return float((engine - trainer).abs().max().nan_to_num(nan=torch.inf))

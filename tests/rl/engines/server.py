@@ -2,8 +2,8 @@
 
 The shapes are those of the engines' own code: vLLM 0.32 (entrypoints/scale_out/token_in_token_out/protocol.py, and
 entrypoints/rl/online/api_router.py), SGLang 0.5 (srt/managers/io_struct.py and the answers of its /generate), LMDeploy
-0.16 (serve/openai/protocol.py, endpoints/generate.py and management.py). A request with a field that the engine does
-not know is answered with 422, as theirs are.
+0.16 (serve/openai/protocol.py, endpoints/generate.py and management.py; pytorch/engine/model_agent/agent.py for what
+it does with new weights). A request with a field that the engine does not know is answered with 422, as theirs are.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ import base64
 import io
 import json
 import threading
+import weakref
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
+import pytest
+import torch
 
+from xtuner_hf.rl.engines import lmdeploy
 from xtuner_hf.rl.engines.contract import Completion, Sampling
 from xtuner_hf.rl.engines.lmdeploy import LmdeployEngine
 from xtuner_hf.rl.engines.local import LocalEngine
@@ -45,6 +51,9 @@ _FIELDS = {
         *("min_p", "repetition_penalty", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens"),
     },
     ("sglang", "/update_weights_from_disk"): {"model_path", "weight_version", "flush_cache"},
+    ("lmdeploy", "/update_weights"): {"serialized_named_tensors", "load_format", "finished"},
+    ("lmdeploy", "/sleep"): {"level"},
+    ("lmdeploy", "/wakeup"): {"tags"},
 }
 
 
@@ -57,13 +66,24 @@ class EngineServer:
         faults: what goes wrong with the next requests for completions: "500", "429", "400", "hang", "cut" (the
             connection breaks), "half json", "no routes", "short routes", "late" (older weights), "fewer logprobs".
         forever: go on with the last of them.
+        faulty: how the path ends of the requests that go wrong.
         drops: a part of names; tensors with it in theirs are not loaded, in silence.
+        ranks: LMDeploy's `--tp`.
     """
 
     def __init__(
-        self, dialect: str, engine: LocalEngine, faults: Sequence[str] = (), forever: bool = False, drops: str = ""
+        self,
+        dialect: str,
+        engine: LocalEngine,
+        faults: Sequence[str] = (),
+        forever: bool = False,
+        faulty: str = "/generate",
+        drops: str = "",
+        ranks: int = 1,
     ):
         self.dialect, self.engine, self.faults, self.forever, self.drops = dialect, engine, list(faults), forever, drops
+        self.faulty, self.ranks = faulty, ranks
+        self.asleep: set[str] = set()
         self.calls: list[str] = []
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -99,8 +119,8 @@ class EngineServer:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                path = self.path.partition("?")[0]
-                fault = server._next_fault() if path.endswith("/generate") else None
+                path, _, query = self.path.partition("?")
+                fault = server._next_fault() if path.endswith(server.faulty) else None
                 server.calls.append(self.path)
                 if fault == "hang":
                     server._closing.wait()
@@ -108,10 +128,11 @@ class EngineServer:
                     self._answer(int(fault), b'{"error": "injected"}')
                     return
                 try:
-                    status, answer = server._respond(path, json.loads(body or b"{}"), fault)
+                    fields = json.loads(body or b"{}") | dict(parse_qsl(query))
+                    status, answer = server._respond(path, fields, fault)
                 except Exception as error:
                     status, answer = 500, {"error": repr(error)}
-                text = b"" if answer is None else json.dumps(answer).encode()
+                text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 if fault == "half json":
                     text = text[: len(text) // 2]
                 self._answer(status, text, break_off=fault == "cut")
@@ -211,6 +232,9 @@ class EngineServer:
 
     def _load(self, files: list[Path]) -> None:
         self.engine.load(files)
+        self._drop()
+
+    def _drop(self) -> None:
         if self.drops:
             self.engine._new = {n: t for n, t in self.engine._new.items() if self.drops not in n}
 
@@ -246,13 +270,13 @@ class EngineServer:
         return 200, {"text": "", "output_ids": completion.token_ids, "meta_info": meta}
 
     def _sglang_pause_generation(self, body: dict, fault: str | None) -> tuple[int, Any]:
-        return (200, {"status": "ok"}) if body["mode"] in ("abort", "retract", "in_place") else (422, None)
+        return (200, {"status": "ok"}) if body["mode"] in ("abort", "retract", "in_place") else (422, b"")
 
     def _sglang_continue_generation(self, body: dict, fault: str | None) -> tuple[int, Any]:
         return 200, {"status": "ok"}
 
     def _sglang_abort_request(self, body: dict, fault: str | None) -> tuple[int, Any]:
-        return 200, None
+        return 200, b""
 
     def _sglang_update_weights_from_disk(self, body: dict, fault: str | None) -> tuple[int, Any]:
         folder = Path(body["model_path"])
@@ -267,8 +291,15 @@ class EngineServer:
     # ---- LMDeploy ----
 
     def _lmdeploy_generate(self, body: dict, fault: str | None) -> tuple[int, Any]:
+        if self.asleep:
+            return 503, {"error": "the engine is sleeping"}
         prompt = body["input_ids"]
-        sampling = Sampling(body["max_tokens"], body["temperature"], stop_token_ids=tuple(body["stop_token_ids"]))
+        sampling = Sampling(
+            max_tokens=body["max_tokens"],
+            temperature=body["temperature"],
+            top_k=body["top_k"],
+            stop_token_ids=tuple(body["stop_token_ids"]),
+        )
         completion = self._sample(prompt, sampling, fault)
         routes = completion.routed_experts
         meta = {
@@ -283,7 +314,77 @@ class EngineServer:
         return 200, {"text": "", "output_ids": completion.token_ids, "meta_info": meta}
 
     def _lmdeploy_abort_request(self, body: dict, fault: str | None) -> tuple[int, Any]:
+        return 200, b""
+
+    def _lmdeploy_sleep(self, body: dict, fault: str | None) -> tuple[int, Any]:
+        if body["level"] != "1":
+            return 400, {"message": "level 2 would forget what is not sent"}
+        self.asleep = {"weights", "kv_cache"}
+        self.engine.begin_update()
+        return 200, b""
+
+    def _lmdeploy_wakeup(self, body: dict, fault: str | None) -> tuple[int, Any]:
+        self.asleep.discard(body["tags"])  # of what is awake it takes no notice
+        return 200, b""
+
+    def _lmdeploy_update_weights(self, body: dict, fault: str | None) -> tuple[int, Any]:
+        if self.asleep != {"kv_cache"}:
+            raise RuntimeError("weights are updated while they are awake and the key-value cache is not")
+        by_rank = [opened(text, rank) for rank, text in enumerate(body["serialized_named_tensors"])]
+        if len(by_rank) != self.ranks:
+            raise IndexError("list index out of range")
+        self.engine._new |= by_rank[0]
+        self._drop()
+        if body["finished"]:
+            self.engine.end_update("LMDeploy knows no versions", Path())
         return 200, None
+
+
+def opened(text: str, rank: int) -> dict[str, torch.Tensor]:
+    """As each of LMDeploy's ranks does it: argument 6 becomes its own GPU, and what it gets is copied."""
+    tensors = {}
+    for name, (rebuild, arguments) in ForkingPickler.loads(base64.b64decode(text, validate=True)):
+        arguments = list(arguments)
+        arguments[6] = rank
+        tensors[name] = rebuild(*arguments).clone()
+    return tensors
+
+
+def sum_of_opened(text: str) -> dict[str, float]:
+    return {name: float(tensor.float().sum()) for name, tensor in opened(text, torch.cuda.current_device()).items()}
+
+
+class SharedMemory:
+    """Stands in for the memory of a trainer's GPU: the client's handles lead here until it lets a tensor go.
+
+    Handles have the arguments of torch's CUDA handles, in order.
+    """
+
+    current: SharedMemory
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.tensors: weakref.WeakValueDictionary[bytes, torch.Tensor] = weakref.WeakValueDictionary()
+        self.readers: list[list[int]] = []
+        """Of each handle, the devices that opened it."""
+        SharedMemory.current = self
+        patch.setattr(lmdeploy, "ipc_device", lambda: torch.device("cpu"))
+        patch.setattr(lmdeploy, "reduce_tensor", self._share)
+
+    def _share(self, tensor: torch.Tensor) -> tuple[Any, tuple]:
+        handle = len(self.readers).to_bytes(8)
+        self.tensors[handle] = tensor
+        self.readers.append([])
+        layout = (type(tensor), tensor.size(), tensor.stride(), tensor.storage_offset())
+        memory = (torch.UntypedStorage, tensor.dtype, 0, handle, tensor.nbytes, 0)
+        return _rebuilt, (*layout, *memory, False, b"counter", 0, b"event", True)
+
+
+def _rebuilt(_class, size, stride, offset, _storage, dtype, device, handle, *_others) -> torch.Tensor:
+    memory = SharedMemory.current
+    memory.readers[int.from_bytes(handle)].append(device)
+    tensor = memory.tensors[handle]
+    assert (tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype) == (size, stride, offset, dtype)
+    return tensor
 
 
 def _npy(array: np.ndarray) -> str:

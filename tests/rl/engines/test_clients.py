@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.rl.engines.server import EngineServer
+from tests.rl.engines.server import EngineServer, SharedMemory, sum_of_opened
 from tests.tiny import build, moe_config
 from xtuner_hf import Qwen3MoeForCausalLM
 from xtuner_hf.rl.engines.contract import EngineError, Sampling
+from xtuner_hf.rl.engines.lmdeploy import serialized_handles
 from xtuner_hf.rl.engines.local import LocalEngine
 from xtuner_hf.rl.engines.vllm import VllmEngine
 
@@ -137,8 +140,10 @@ def test_control(engine):
 def test_what_an_engine_cannot_do_says_so(engine):
     with EngineServer("lmdeploy", engine) as server:
         client = server.client()
-        with pytest.raises(EngineError, match="takes new weights by CUDA IPC or an NCCL group alone"):
-            client.begin_update()
+        if not torch.cuda.is_available():
+            with pytest.raises(EngineError, match="needs a CUDA GPU on LMDeploy's node; there is none"):
+                client.begin_update()
+            assert server.calls == []
         with pytest.raises(EngineError, match="does not score given tokens"):
             client.score([1, 2])
         with pytest.raises(EngineError, match="takes no seed"):
@@ -156,3 +161,91 @@ def test_the_local_engine_pauses(engine):
     engine.resume()
     first, second = (engine.generate(PROMPTS, Sampling(max_tokens=6, seed=1)) for _ in range(2))
     assert [c.token_ids for c in first] == [c.token_ids for c in second]
+
+
+@pytest.fixture
+def norms(tmp_path, engine):
+    """Files of a layer of two ranks."""
+    names = ["model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight"]
+    files = [tmp_path / f"{rank}.safetensors" for rank in range(2)]
+    for name, file in zip(names, files, strict=True):
+        save_file({name: torch.full((engine.model.config.hidden_size,), 3.0)}, file)
+    yield dict(zip(names, files, strict=True))
+    with torch.no_grad():
+        for name in names:
+            engine.model.get_parameter(name).fill_(1.0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lmdeploy_opens_handles_while_its_cache_is_gone(engine, norms, ranks, monkeypatch):
+    memory = SharedMemory(monkeypatch)
+    with EngineServer("lmdeploy", engine, ranks=ranks) as server:
+        client = server.client(tensor_parallel=ranks)
+        client.begin_update()
+        client.load(list(norms.values()))
+        client.end_update("7", norms.popitem()[1].parent)
+        assert server.calls == [
+            *("/sleep?level=1", "/wakeup?tags=weights"),
+            *("/update_weights", "/update_weights"),  # one for each file: no more than a rank's part of a layer at once
+            *("/update_weights", "/wakeup?tags=kv_cache"),
+        ]
+        assert memory.readers == [[rank] for rank in range(ranks)] * 2
+        assert len(memory.tensors) == 0
+        assert client.version() == "7"
+        (completion,) = client.generate(PROMPTS[:1], SAMPLING)  # it is awake
+    for name in norms:
+        assert engine.model.get_parameter(name).unique().tolist() == [3.0]
+    assert completion.logprobs == pytest.approx(scores(engine, PROMPTS[0], completion.token_ids), abs=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["500", "429", "hang", "cut"])
+def test_an_update_of_lmdeploy_is_tried_again(engine, norms, fault, monkeypatch):
+    SharedMemory(monkeypatch)
+    with EngineServer("lmdeploy", engine, [fault], faulty="/update_weights") as server:
+        client = server.client()
+        client.begin_update()
+        client.load(list(norms.values()))
+        client.end_update("1", Path())
+    assert client.retried == 1
+    for name in norms:
+        assert engine.model.get_parameter(name).unique().tolist() == [3.0]
+
+
+def test_an_update_that_lmdeploy_refuses_says_what_it_needs(engine, norms, monkeypatch):
+    """As one does that runs on another node, or with other ranks than the client was told of."""
+    SharedMemory(monkeypatch)
+    needs = r"on this node with --distributed-executor-backend ray, .*--tp 1 \(`tensor_parallel`\)"
+    with EngineServer("lmdeploy", engine, ["500"], forever=True, faulty="/update_weights") as server:
+        client = server.client()
+        client.begin_update()
+        with pytest.raises(EngineError, match=f"failed /update_weights 3 times, .*status 500.*{needs}"):
+            client.load(list(norms.values()))
+        with pytest.raises(EngineError, match=r"failed /generate 3 times, .*sleeping"):
+            client.generate(PROMPTS, SAMPLING)
+    with EngineServer("lmdeploy", engine, ranks=2) as server:
+        client = server.client()
+        client.begin_update()
+        with pytest.raises(EngineError, match=f"list index out of range.*{needs}"):
+            client.load(list(norms.values()))
+    with EngineServer("lmdeploy", engine, ["hang"], forever=True, faulty="/update_weights") as server:
+        client = server.client(deadline=0.7, try_timeout=60)
+        client.begin_update()
+        with pytest.raises(EngineError, match=rf"1 request\(s\) to /update_weights within the deadline.*{needs}"):
+            client.load(list(norms.values()))
+    with (
+        EngineServer("lmdeploy", engine, ["400"], faulty="/sleep") as server,
+        pytest.raises(EngineError, match="refused /sleep"),
+    ):
+        server.client().begin_update()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA IPC needs a GPU")
+def test_another_process_opens_a_handle():
+    """What LMDeploy's ranks do, in a process of its own on the same GPU."""
+    tensor = torch.arange(12, device="cuda", dtype=torch.bfloat16).view(3, 4)
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        assert pool.apply(sum_of_opened, (serialized_handles({"a": tensor, "b": tensor[1:]}),)) == {
+            "a": 66.0,
+            "b": 60.0,
+        }

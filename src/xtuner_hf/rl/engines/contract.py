@@ -64,6 +64,8 @@ class Completion:
 class RolloutEngine(Protocol):
     """An engine. `generate` and `score` raise `EngineError`; so does an update, after which the engine is undefined."""
 
+    scores_given_tokens: ClassVar[bool]
+    """`score` works; otherwise only what it sampled has log-probabilities."""
     shared: ClassVar[bool]
     """One engine serves all ranks, so that one rank updates it; otherwise each rank has its own."""
     reads_whole_folder: ClassVar[bool]

@@ -31,6 +31,7 @@ class HttpEngine:
     """
 
     name: ClassVar[str]
+    scores_given_tokens: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     reads_whole_folder: ClassVar[bool] = False
 

@@ -25,6 +25,7 @@ class LocalEngine:
         batch_size: completions that are sampled together.
     """
 
+    scores_given_tokens: ClassVar[bool] = True
     shared: ClassVar[bool] = False
     reads_whole_folder: ClassVar[bool] = False
 
