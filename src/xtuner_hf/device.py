@@ -123,6 +123,11 @@ def kind(device: torch.device) -> str:
     return _acting_kind or device.type
 
 
+def is_simulated(device: torch.device) -> bool:
+    """Whether code takes the way of another kind of device than this one, in a dry run."""
+    return kind(device) != device.type
+
+
 @contextlib.contextmanager
 def acting_as(device_kind: str) -> Iterator[None]:
     """Inside, tensors of any device take the way of this kind: a dry run on a CPU takes that of an accelerator."""

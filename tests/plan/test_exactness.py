@@ -27,8 +27,6 @@ CASES = {
     2: {
         "qwen3": ("qwen3", {}, {}),
         "qwen3_moe": ("qwen3_moe", {}, {}),
-        "deepseek_v3": ("deepseek_v3", {}, {}),
-        "qwen3_moe, nothing recomputed": ("qwen3_moe", EVERYTHING_KEPT, {}),
         "gpt_oss, nothing recomputed": ("gpt_oss", EVERYTHING_KEPT, {}),
         "glm4_moe, selective": ("glm4_moe", SELECTIVE, {}),
         "kimi_k2, offloaded": ("kimi_k2", OFFLOADED, {}),
@@ -40,7 +38,6 @@ CASES = {
         "qwen3_moe, sp": ("qwen3_moe", {}, {"sp_size": 2}),
     },
     4: {
-        "qwen3_moe, ep 2": ("qwen3_moe", {}, {"ep_size": 2}),
         "kimi_k2, ep 4, nothing recomputed": ("kimi_k2", EVERYTHING_KEPT, {"ep_size": 4}),
         "glm4_moe, ep 2, sp 2": ("glm4_moe", {}, {"ep_size": 2, "sp_size": 2}),
         "qwen3_moe, two copies": ("qwen3_moe", {}, {"dp_replicate_size": 2}),

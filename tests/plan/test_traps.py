@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -134,3 +136,24 @@ def test_the_even_loads_are_those_of_random_routing():
     found = torch.bincount(pairs_T, minlength=9) / len(pairs_T)
     expected = torch.tensor(pairs_probabilities(ExpertChoice(128), 8, 16, 1.0))
     torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
+
+
+def kept(report) -> list:
+    """The largest tensors that wait for the layers' backward."""
+    return [alike for alike in report.peaks["backward"].holders if alike.category == "activations"]
+
+
+def test_experts_take_the_way_of_the_planned_device():
+    """CUDA's fused path builds no [T*K, H] in fp32, and of all rows keeps [T*K, 2*I] alone for backward. What stands
+    for an NPU computes step by step."""
+    rows = 8192 * 8
+    job = job_235b(128, 1, seq_len=8192, recompute="none")
+    fused, stepwise = (dry_run(replace(job, device=find_device(name))) for name in ("h800", "ascend-a2"))
+    assert {alike.shape for alike in kept(fused) if rows in alike.shape} == {(rows, 3072)}
+    assert {alike.shape for alike in kept(stepwise) if rows in alike.shape} >= {
+        (rows, 3072),
+        (rows, 1536),
+        (rows, 4096),
+    }
+    fp32_rows = {alike for peak in fused.peaks.values() for alike in peak.holders if alike.dtype == "float32"}
+    assert (rows, 4096) not in {alike.shape for alike in fp32_rows}

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 
-from ..device import kind_of
-from . import rows
+from ..device import is_simulated, kind, kind_of
+from . import rows, simulated_rows
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,11 @@ def computing_dtype(x: torch.Tensor) -> torch.dtype:
 
 def row_kernels(device: torch.device) -> ModuleType:
     """The module with the steps of the MoE path for this device."""
-    if not kind_of(device).triton or not has_triton():
+    if not kind_of(kind(device)).triton:
+        return rows
+    if is_simulated(device):
+        return simulated_rows
+    if not has_triton():
         return rows
     from . import triton_rows
 
@@ -39,18 +43,22 @@ def row_kernels(device: torch.device) -> ModuleType:
 
 
 @functools.cache
-def choose_experts_kernel(device_type: str, dtype: torch.dtype, sizes: tuple[int, ...], refusal: str | None) -> str:
+def choose_experts_kernel(
+    device_type: str, dtype: torch.dtype, sizes: tuple[int, ...], refusal: str | None, *, simulated: bool = False
+) -> str:
     """What `experts_kernel="auto"` means here.
 
     Args:
+        device_type: the kind of device.
         dtype: that matrix products run in.
         sizes: hidden and intermediate size.
         refusal: why the fused path cannot compute these experts, None if it can.
+        simulated: in a dry run, which takes for granted what torch's builds for the device bring.
     """
     reason = refusal
     if not kind_of(device_type).triton:
         reason = f"the device is {device_type}"  # where results equal transformers' to the last bit
-    elif not has_triton():
+    elif not simulated and not has_triton():
         reason = "triton is not installed"
     elif dtype not in (torch.bfloat16, torch.float16):
         reason = f"matrix products run in {dtype}"

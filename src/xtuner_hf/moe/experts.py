@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from ..device import is_simulated, kind
 from ..kernels.device_operators import fused_on
 from ..kernels.experts import EXPERTS_KERNELS, ExpertsKernel, ExpertWeights
 from ..kernels.fused import fp8_experts, fused_experts, refusal_of
@@ -64,7 +65,8 @@ def _on_rows(kernel: ExpertsKernel) -> ExpertsPath:
 
 def _auto(hidden_TH, topk_ids_TK, weights_TK, weights: ExpertWeights) -> torch.Tensor:
     sizes = tuple(weights.down_EIH.shape[1:])
-    name = choose_experts_kernel(hidden_TH.device.type, computing_dtype(hidden_TH), sizes, refusal_of(weights))
+    device, dtype = hidden_TH.device, computing_dtype(hidden_TH)
+    name = choose_experts_kernel(kind(device), dtype, sizes, refusal_of(weights), simulated=is_simulated(device))
     return EXPERTS_PATHS[name](hidden_TH, topk_ids_TK, weights_TK, weights)
 
 

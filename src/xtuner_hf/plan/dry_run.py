@@ -16,11 +16,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..attention.ulysses import SequenceRanks
-from ..device import PLANNED_KIND, acting_as
+from ..device import PLANNED_KIND, acting_as, kind, kind_of
 from ..host_reads import HostReads, answered_by
+from ..kernels.select import choose_experts_kernel
 from ..models.flops import TrainingFlops
+from ..models.fused import fuse_norms
 from ..models.manifest import meta_model
 from ..moe.ep_dispatcher import IMPLEMENTATION_NAME
+from ..moe.experts import implementation_name
 from ..parallel.sequence import sequence_ranks
 from ..parallel.shard import distribute_model, local_part, sum_gradients
 from . import ledger as memory
@@ -31,11 +34,17 @@ from .expert_loads import PlannedReads
 from .job import Job
 from .ledger import Ledger, Peak, Sample
 from .step import TrainingStep
-from .torch_internals import FakeTensorMode, fused_loss_tiles, grouped_products_of_any_dtype, simulated_streams
+from .torch_internals import (
+    FakeTensorMode,
+    fused_loss_tiles,
+    fused_norms,
+    grouped_products_of_any_dtype,
+    simulated_streams,
+)
 from .tracker import StepTracker, Traffic, Work
 
 # What the code takes the fake tensors' device for. torch_npu's own kernels need torch_npu: an NPU is planned with the
-# memory that CUDA's take.
+# memory that CUDA's take, and with the experts that `experts_kernel="auto"` chooses on an NPU.
 ACTS_AS = PLANNED_KIND
 
 
@@ -111,10 +120,13 @@ def _simulated(job: Job, rank: int, acts_as: str, clock: Clock, reads: HostReads
         fake_cluster(job.layout.world_size, rank),
         simulated_streams(clock),
         grouped_products_of_any_dtype(),
-        fused_loss_tiles() if acts_as == ACTS_AS else contextlib.nullcontext(),
         acting_as(acts_as),
         answered_by(reads),
+        contextlib.ExitStack() as of_an_accelerator,
     ):
+        if acts_as == ACTS_AS:
+            of_an_accelerator.enter_context(fused_norms())
+            of_an_accelerator.enter_context(fused_loss_tiles())
         yield
 
 
@@ -122,6 +134,11 @@ def build_fake_model(job: Job):
     """The job's model on the meta device, sharded."""
     options = {"mtp_loss_coef": job.mtp_loss_coef} if job.mtp_loss_coef is not None else {}
     model = meta_model(job.config, dtype=job.dtype, **options)
+    if kind_of(kind(torch.device("cpu"))).fused_rms_norm:  # as trainers/setup.py
+        fuse_norms(model)
+    if job.device.kind != ACTS_AS:
+        name = choose_experts_kernel(job.device.kind, torch.bfloat16, (), None)
+        model.set_experts_implementation(implementation_name(name))
     if job.layout.world_size > 1:
         config = job.layout.distributed_config(bf16=job.bf16, ep_implementation=IMPLEMENTATION_NAME)
         distribute_model(model, config, fake_mesh(job.layout))

@@ -29,6 +29,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "fused_loss_tiles",
+    "fused_norms",
     "grouped_products_of_any_dtype",
     "hidden_propagation",
     "resolve_process_group",
@@ -97,6 +98,32 @@ def fused_loss_tiles() -> Iterator[None]:
 
     with patch.multiple(module, _forward_tile=fused, _backward_tile=fused, _addmm_fp32=add_product):
         yield
+
+
+@contextlib.contextmanager
+def fused_norms() -> Iterator[None]:
+    """torch's RMSNorm is one kernel on a GPU (two in backward), and many operators with temporaries on a CPU."""
+
+    def rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return _OneKernelNorm.apply(x, weight)
+
+    with patch.object(torch.nn.functional, "rms_norm", rms_norm):
+        yield
+
+
+class _OneKernelNorm(torch.autograd.Function):
+    """What torch's fused RMSNorm keeps, reads and writes; the values are none of its."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        inverse_rms = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, _, _ = ctx.saved_tensors
+        return grad * x, grad.flatten(0, -2).sum(0)
 
 
 @contextlib.contextmanager
