@@ -1,7 +1,7 @@
 """The training step that is observed: what the trainers do between two logs, made of the same pieces.
 
-`TrainingStep` neither knows nor cares whether tensors are fake. trainers/mixin.py is the original; a test holds both
-against each other.
+`TrainingStep` neither knows nor cares whether tensors are fake. trainers/mixin.py is the original; no test holds both
+against each other yet.
 """
 
 from __future__ import annotations
