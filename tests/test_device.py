@@ -77,3 +77,10 @@ def test_a_name_would_be_seen(code):
 def test_a_kind_that_is_unknown_is_plain_torch():
     assert kind_of("maia").fused is None
     assert kind_of(torch.device("meta")).float64
+
+
+def test_measuring_the_matrix_rate_draws_no_random_numbers_of_the_run():
+    """It did, and GRPO then sampled other answers than TRL from the same seed."""
+    before = torch.get_rng_state()
+    assert measured_matmul_flops(torch.device("cpu"), repeats=1) > 0
+    assert torch.equal(torch.get_rng_state(), before)

@@ -209,6 +209,11 @@ class CopyStream:
             self._stream.synchronize()
 
 
+def cuda_ipc_device() -> torch.device | None:
+    """The device of this process if others can open its memory by CUDA IPC, else None."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
 def measured_matmul_flops(device: torch.device, repeats: int = 5) -> float:
     """FLOP/s of a square matrix product on this device, the best of some: bf16, and fp32 on a CPU.
 
@@ -216,7 +221,8 @@ def measured_matmul_flops(device: torch.device, repeats: int = 5) -> float:
     894 instead of 788 TFLOP/s).
     """
     size, dtype = (1024, torch.float32) if is_host(device) else (8192, torch.bfloat16)
-    a = torch.randn(size, size, dtype=dtype, device=device)
+    # Of a generator of its own: looking at the speed must not change what a run draws.
+    a = torch.randn(size, size, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0))
     best = float("inf")
     for _ in range(repeats + 1):  # the first one also warms up
         synchronize(device)

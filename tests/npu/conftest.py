@@ -21,7 +21,7 @@ if _not_run is None:
     os.environ["TORCH_NPU_FALLBACK_CPU_DISABLE"] = "1"
     npu_standin.install()
 else:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*test_*.py"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from transformers import Qwen2Config
@@ -34,6 +35,13 @@ def test_a_page_and_pictures(folder, tmp_path, capsys):
         if event["ph"] == "X":
             assert event["ts"] >= ends.get(event["tid"], 0) - 1e-3
             ends[event["tid"]] = event["ts"] + event["dur"]
+
+
+def test_planning_leaves_the_logs_of_its_process_alone(folder, capsys):
+    """Warnings of what ran later in the same process were gone."""
+    before = logging.getLogger("xtuner_hf").level
+    main(["plan", str(folder), "--gpus", "2", "--device", "h100", "--seq-len", "64", "--json"])
+    assert logging.getLogger("xtuner_hf").level == before
 
 
 def test_json(folder, capsys):

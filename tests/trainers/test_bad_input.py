@@ -51,7 +51,7 @@ def test_an_empty_data_set(tmp_path):
 
 def test_a_model_of_another_package(tmp_path):
     stock = build(transformers.Qwen3MoeForCausalLM, moe_config())
-    with pytest.raises(TypeError, match=r"transformers\..*needs one of xtuner_hf: load it with xtuner_hf\.Auto"):
+    with pytest.raises(TypeError, match=r"transformers\..*needs one of xtuner_hf: load it with its Auto"):
         trainer(tmp_path, stock)
 
 

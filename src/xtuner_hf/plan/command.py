@@ -46,14 +46,14 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SystemExit: with one sentence, for what cannot be planned.
     """
-    from .planning import quieten
+    from .planning import quiet
 
-    quieten()
     try:
-        if options.search:
-            _search(options)
-        else:
-            _plan(options)
+        with quiet():
+            if options.search:
+                _search(options)
+            else:
+                _plan(options)
     except PlanError as error:
         raise SystemExit(f"xtuner-hf plan: {error}") from None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,20 @@ def quieten() -> None:
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     logging.getLogger(__package__.partition(".")[0]).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """`quieten` for as long as it lasts."""
+    package = logging.getLogger(__package__.partition(".")[0])
+    level, verbosity = package.level, transformers_logging.get_verbosity()
+    with warnings.catch_warnings():
+        quieten()
+        try:
+            yield
+        finally:
+            package.setLevel(level)
+            transformers_logging.set_verbosity(verbosity)
 
 
 def seconds_by_kind(report: StepReport) -> Counter[str]:

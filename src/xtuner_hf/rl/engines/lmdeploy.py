@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..._compat import reduce_tensor
+from ...device import cuda_ipc_device
 from .contract import Completion, EngineError, Sampling
 from .http import HttpEngine, check_scored, common_fields
 
@@ -120,12 +121,13 @@ class LmdeployEngine(HttpEngine):
 
 def ipc_device() -> torch.device:
     """Where tensors lie while LMDeploy copies them."""
-    if not torch.cuda.is_available():
+    device = cuda_ipc_device()
+    if device is None:
         raise EngineError(
             "LMDeploy takes new weights by CUDA IPC, for which this process needs a CUDA GPU on LMDeploy's node; "
             "there is none. Sample with vLLM or SGLang, which read files, or restart LMDeploy from a checkpoint."
         )
-    return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def serialized_handles(tensors: Mapping[str, torch.Tensor]) -> str:
