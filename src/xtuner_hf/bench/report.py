@@ -34,10 +34,7 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Bars: tokens/s of each variant, a group for each other choice."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     groups: dict[str, dict[str, float]] = {}
     for case in results["cases"]:
@@ -45,7 +42,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             name = f"{case['shape']}\n{case['length'] / 1024:g}k, {case['routing']}\nrecompute {case['recompute']}"
             groups.setdefault(name, {})[case["variant"]] = case["tokens_per_second"]
     variants = list(dict.fromkeys(variant for group in groups.values() for variant in group))
-    figure, axes = plt.subplots(figsize=(max(5.0, 1.6 * len(groups)), 4), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.6 * len(groups)), 4), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / max(len(variants), 1)
     for place, variant in enumerate(variants):
         heights = [group.get(variant, 0.0) for group in groups.values()]
@@ -57,4 +55,3 @@ def plot(results: dict[str, Any], path: Path) -> None:
     if variants:
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -32,6 +32,21 @@ _DTYPES = {
 }
 
 
+def shard_name(number: int, total: int) -> str:
+    """Of the `number`-th of `total` files, counted from 1."""
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def write_index(folder: Path, file_of: dict[str, str], num_bytes: int) -> None:
+    """Say which tensor is in which file.
+
+    Args:
+        num_bytes: of all tensors.
+    """
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(file_of.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 class HubFolder:
     """A folder with `config.json` and `model.safetensors`, or shards with their index.
 

@@ -15,7 +15,6 @@ Legend: C hidden size of the vision tower.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .hub_folder import INDEX, SINGLE, HubFolder
+from .hub_folder import SINGLE, HubFolder, shard_name, write_index
 from .hub_source import quantization_config_of
 from .internvl_chat_config import write_chat_files, write_hf_files
 from .quantised_format import CheckpointFormatError
@@ -172,9 +171,7 @@ def _write(folder: HubFolder, target: Path, written: list[_Written], max_shard_b
         if files[-1] and sum(w.info.num_bytes for w in files[-1]) + each.info.num_bytes > max_shard_bytes:
             files.append([])
         files[-1].append(each)
-    stem = SINGLE.removesuffix(".safetensors")
-    names = [f"{stem}-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    names = [SINGLE] if len(files) == 1 else names
+    names = [SINGLE] if len(files) == 1 else [shard_name(i + 1, len(files)) for i in range(len(files))]
     for name, tensors in zip(names, files, strict=True):
         # Wide dtypes first keeps every tensor of a file aligned.
         tensors.sort(key=lambda each: -each.info.dtype.itemsize)
@@ -184,6 +181,4 @@ def _write(folder: HubFolder, target: Path, written: list[_Written], max_shard_b
         writer.close()
     if len(files) > 1:
         weight_map = {each.info.name: name for name, tensors in zip(names, files, strict=True) for each in tensors}
-        total = sum(each.info.num_bytes for each in written)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(target, weight_map, sum(each.info.num_bytes for each in written))

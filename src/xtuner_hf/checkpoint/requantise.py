@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
 
-from .hub_folder import INDEX, HubFolder
+from .hub_folder import HubFolder, shard_name, write_index
 from .hub_source import HubSource
 from .passthrough import SourceEncoder
 from .quantised_format import CheckpointFormatError
@@ -82,11 +81,10 @@ class _Shards:
             self._close()
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self.closed, start=1):
-            file = f"model-{number:05d}-of-{len(self.closed):05d}.safetensors"
+            file = shard_name(number, len(self.closed))
             self._unnamed(number).rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(self.folder, weight_map, self.total_bytes)
 
     def _close(self) -> None:
         self.closed.append(list(self.pending))

@@ -5,14 +5,13 @@ They are copied from the source's files into one more shard, byte by byte, behin
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._compat import revert_weight_conversion
-from .hub_folder import INDEX, SINGLE, HubFolder
+from .hub_folder import INDEX, SINGLE, HubFolder, shard_name, write_index
 from .safetensors_stream import SafetensorsWriter, TensorInfo
 
 
@@ -40,8 +39,8 @@ def copy_unknown_tensors(model: Any, source: Path, target: Path) -> list[str]:
 def _append_shard(target: Path, written: HubFolder, given: HubFolder, names: list[str]) -> None:
     old_files = sorted(set(written.file_of.values()))
     number = len(old_files) + 1
-    new_names = {old: f"model-{i + 1:05d}-of-{number:05d}.safetensors" for i, old in enumerate(old_files)}
-    extra = f"model-{number:05d}-of-{number:05d}.safetensors"
+    new_names = {old: shard_name(i, number) for i, old in enumerate(old_files, start=1)}
+    extra = shard_name(number, number)
     infos = [_info(given, name) for name in names]
     infos.sort(key=lambda info: -info.dtype.itemsize)  # wide dtypes first keeps every tensor aligned
     writer = SafetensorsWriter(target / extra, infos)
@@ -52,8 +51,7 @@ def _append_shard(target: Path, written: HubFolder, given: HubFolder, names: lis
     total = sum(info.num_bytes for info in (*infos, *(_info(written, name) for name in written.names())))
     for old, new in new_names.items():
         (target / old).rename(target / new)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(target, weight_map, total)
 
 
 def _info(folder: HubFolder, name: str) -> TensorInfo:

@@ -51,6 +51,13 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return (AutoModelForImageTextToText if reads_images else AutoModelForCausalLM).class_of(config)
 
 
+def num_experts(config: PreTrainedConfig) -> int | None:
+    """Experts of each MoE layer, None for a dense model."""
+    text = config.get_text_config()
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    return next((getattr(text, name) for name in names if getattr(text, name, None)), None)
+
+
 class _AutoModel:
     """What the classes below share."""
 

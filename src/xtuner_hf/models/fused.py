@@ -10,9 +10,7 @@ Parameters and their names stay as they are.
 
 from __future__ import annotations
 
-import functools
 import logging
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +20,7 @@ from transformers import AttentionInterface
 from ..attention.varlen import VARLEN_ATTENTION, varlen_attention_forward
 from ..kernels.fp8_linear import Fp8Linear
 from ..moe.block import SparseMoEBlock
+from .norm import put_in_front
 
 logger = logging.getLogger(__name__)
 
@@ -39,24 +38,14 @@ class FusedRMSNorm(nn.Module):
             return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
 
-@functools.cache
-def _fused_class(norm_class: Any) -> Any:
-    return type(f"Fused{norm_class.__name__}", (FusedRMSNorm, norm_class), {})
-
-
 def fuse_norms(model: nn.Module) -> int:
     """Let every RMSNorm of a model use torch's fused kernel, in place; returns how many do.
 
     Results are not equal to transformers' to the last bit in bf16, which rounds before it multiplies by the weight.
     """
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    norms = [norm for norm in norms if hasattr(norm, "variance_epsilon") and not isinstance(norm, FusedRMSNorm)]
-    for norm in norms:
-        # As FSDP does with what it shards: the module stays, its class is a subclass.
-        norm_class: Any = type(norm)
-        norm.__class__ = _fused_class(norm_class)
-    logger.info("RMSNorm: torch's fused kernel, in %d modules.", len(norms))
-    return len(norms)
+    number = put_in_front(model, FusedRMSNorm)
+    logger.info("RMSNorm: torch's fused kernel, in %d modules.", number)
+    return number
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> list[str]:

@@ -1,8 +1,9 @@
-"""RMSNorm by the device's fused operator, in the norms of transformers."""
+"""Another forward in front of transformers' RMSNorms, and the one by the device's fused operator."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,18 +26,21 @@ class _DeviceNorm(nn.Module):
 
 
 @functools.cache
-def device_norm(norm_class: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of one of transformers' RMSNorms that uses a fused operator where there is one."""
-    return type(norm_class.__name__, (_DeviceNorm, norm_class), {})
+def _subclass(front: Any, norm_class: Any) -> Any:
+    return type(norm_class.__name__, (front, norm_class), {})
+
+
+def put_in_front(model: nn.Module, front: Any) -> int:
+    """Give each RMSNorm that transformers has built within a model a subclass with `front` before its own class, as
+    FSDP does with what it shards. Returns how many had none yet."""
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    norms = [norm for norm in norms if hasattr(norm, "variance_epsilon") and not isinstance(norm, front)]
+    for norm in norms:
+        norm_class: Any = type(norm)
+        norm.__class__ = _subclass(front, norm_class)
+    return len(norms)
 
 
 def use_device_norms(model: nn.Module) -> None:
-    """Give the RMSNorms that transformers has built within a model their subclass, as FSDP does with what it shards."""
-    for module in model.modules():
-        cls = type(module)
-        if (
-            cls.__name__.endswith("RMSNorm")
-            and hasattr(module, "variance_epsilon")
-            and not issubclass(cls, _DeviceNorm)
-        ):
-            module.__class__ = device_norm(cls)  # type: ignore[arg-type]
+    """Let the RMSNorms of a model use a fused operator where their device has one."""
+    put_in_front(model, _DeviceNorm)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from .devices import Device
+from .torch_internals import tensors_in
 
 
 def _names(text: str) -> frozenset[str]:
@@ -49,10 +49,6 @@ def num_bytes(tensor: torch.Tensor) -> int:
     return count * tensor.element_size()
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
 def bytes_moved(name: str, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[torch.Tensor]) -> int:
     """Bytes that an operator reads from and writes to the device's memory."""
     written = sum(map(num_bytes, outputs))
@@ -61,12 +57,12 @@ def bytes_moved(name: str, args: Sequence[Any], kwargs: dict[str, Any], outputs:
     if name in _READ_WHAT_THEY_WRITE:
         return 2 * written
     if name in _COPIES_OF_LISTS:
-        return 2 * sum(map(num_bytes, _tensors(args[0])))
-    inputs = _tensors((args, kwargs))
+        return 2 * sum(map(num_bytes, tensors_in(args[0])))
+    inputs = tensors_in((args, kwargs))
     if name in _SCATTERED:
         return 3 * sum(map(num_bytes, inputs[1:]))
     if name == "_fused_adamw_":  # parameter, gradient and two moments read, three of them written
-        return 7 * sum(map(num_bytes, _tensors(args[0])))
+        return 7 * sum(map(num_bytes, tensors_in(args[0])))
     return sum(map(num_bytes, inputs)) + written
 
 

@@ -80,10 +80,18 @@ class StepReport:
         return max(self.peaks, key=lambda region: self.peaks[region].total)
 
     @property
+    def pools(self) -> dict[str, int]:
+        """The most of each stream's pool."""
+        pools: dict[str, int] = {}
+        for peak in self.peaks.values():
+            for name, size in peak.pools.items():
+                pools[name] = max(pools.get(name, 0), size)
+        return pools
+
+    @property
     def reserved(self) -> int:
         """What a caching allocator holds in the end: it has a pool for each stream, and gives none back."""
-        pools = {name for peak in self.peaks.values() for name in peak.pools}
-        return sum(max(peak.pools.get(name, 0) for peak in self.peaks.values()) for name in pools)
+        return sum(self.pools.values())
 
 
 def dry_run(job: Job, *, rank: int = 0, acts_as: str = ACTS_AS, reads: HostReads | None = None) -> StepReport:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from ..attention.ulysses import check_heads
 from ..memory.optimizer import check_optimizer
 from ..memory.recompute import RECOMPUTE_POLICIES
-from ..models.auto import causal_lm_class, check_has_mtp
+from ..models.auto import causal_lm_class, check_has_mtp, num_experts
 from ..parallel.layout import ParallelLayout
 from .devices import Device, PlanError
 from .expert_loads import ExpertChoice
@@ -89,8 +89,7 @@ class Job:
 
     @property
     def num_experts(self) -> int | None:
-        names = ("num_experts", "n_routed_experts", "num_local_experts")
-        return next((getattr(self.config, name) for name in names if getattr(self.config, name, None)), None)
+        return num_experts(self.config)
 
     @property
     def expert_choice(self) -> ExpertChoice | None:

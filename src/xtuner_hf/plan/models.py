@@ -14,13 +14,14 @@ from .devices import PlanError
 
 
 @cache
-def _known() -> dict[str, dict[str, Any]]:
+def known_models() -> dict[str, dict[str, Any]]:
+    """What sets the configuration of each published model apart from its class's defaults, by name."""
     return json.loads((Path(__file__).parent / "known_models.json").read_text())
 
 
 def model_names() -> list[str]:
     """Of published models that need no file."""
-    return list(_known())
+    return list(known_models())
 
 
 def find_config(model: str | Path | PreTrainedConfig) -> PreTrainedConfig:
@@ -43,8 +44,8 @@ def find_config(model: str | Path | PreTrainedConfig) -> PreTrainedConfig:
 def _read(model: str | Path) -> PreTrainedConfig:
     name = str(model).lower().rsplit("/", 1)[-1]
     path = Path(model)
-    if not path.exists() and name in _known():
-        return AutoConfig.for_model(**_known()[name])
+    if not path.exists() and name in known_models():
+        return AutoConfig.for_model(**known_models()[name])
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise PlanError(

@@ -54,7 +54,7 @@ def _heading(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     if plan.unbalanced is None:
         return plan.verdict
-    even = plan.report.reserved / GIB + plan.job.device.outside_gib
+    even = plan.gib_of(plan.report)
     return f"{plan.verdict} where this rank's experts are chosen twice as often, {even:.1f} where evenly"
 
 
@@ -65,7 +65,7 @@ def _memory(plan: Plan) -> str:
         if peak.by_category.get(name, 0) > GIB / 200:
             lines.append(_row(name, f"{peak.by_category[name] / GIB:8.2f}"))
     lines.append(_row("all tensors at their peak", f"{peak.total / GIB:8.2f}"))
-    largest_first = sorted(_pools(report).items(), key=lambda item: -item[1])
+    largest_first = sorted(report.pools.items(), key=lambda item: -item[1])
     pools = ", ".join(f"{report.streams[name]} {size / GIB:.1f}" for name, size in largest_first if size)
     lines.append(_row("kept by the allocator's pools", f"{report.reserved / GIB:8.2f}   {pools}"))
     lines.append(_row("outside of tensors", f"{plan.job.device.outside_gib:8.2f}   context, collectives, workspaces"))
@@ -85,14 +85,6 @@ def _place(report: StepReport) -> str:
     number = int(region.split()[1])
     where = f"{number} from below" if number >= 0 else f"{-1 - number} from above"
     return f"at the peak, in the backward of layer {where}"
-
-
-def _pools(report: StepReport) -> dict[str, int]:
-    pools: dict[str, int] = {}
-    for peak in report.peaks.values():
-        for name, size in peak.pools.items():
-            pools[name] = max(pools.get(name, 0), size)
-    return pools
 
 
 def _time(plan: Plan) -> str:
@@ -116,7 +108,7 @@ def _time(plan: Plan) -> str:
 
 def _links(job: Job, report: StepReport) -> str:
     lines = ["Traffic of a rank          calls   GB inside nodes   GB between nodes   seconds"]
-    for (axis, kind), row in sorted(traffic_by_axis(job, report).items(), key=lambda item: -item[1][3]):
+    for (axis, kind), row in sorted(traffic_by_axis(report).items(), key=lambda item: -item[1][3]):
         calls, inside, between, seconds = row
         if seconds > report.seconds / 1000:
             lines.append(
@@ -135,7 +127,7 @@ def _unbalanced(plan: Plan) -> str:
     assert report is not None
     return (
         "If this rank's experts are chosen twice as often: "
-        f"{report.reserved / GIB + plan.job.device.outside_gib:.1f} GiB, {report.seconds:.2f} s a step, "
+        f"{plan.gib_of(report):.1f} GiB, {report.seconds:.2f} s a step, "
         f"{plan.job.tokens_per_rank / report.seconds:,.0f} tokens/s a device (all wait for the busiest rank)"
     )
 

@@ -49,8 +49,11 @@ class Plan:
     @property
     def needed_gib(self) -> float:
         """Of the device, with what the allocator's pools keep and what is outside of tensors; of the busier rank."""
-        worst = max(report.reserved for report in (self.report, self.unbalanced) if report is not None)
-        return worst / GIB + self.job.device.outside_gib
+        return max(self.gib_of(report) for report in (self.report, self.unbalanced) if report is not None)
+
+    def gib_of(self, report: StepReport) -> float:
+        """The same for one of the two."""
+        return report.reserved / GIB + self.job.device.outside_gib
 
     @property
     def fits(self) -> bool:
@@ -234,7 +237,7 @@ def seconds_by_kind(report: StepReport) -> Counter[str]:
     return total
 
 
-def traffic_by_axis(job: Job, report: StepReport) -> dict[tuple[str, str], tuple[int, float, float, float]]:
+def traffic_by_axis(report: StepReport) -> dict[tuple[str, str], tuple[int, float, float, float]]:
     """(axis, kind) -> calls, bytes inside nodes, bytes between nodes, seconds of all phases."""
     rows: dict[tuple[str, str], tuple[int, float, float, float]] = {}
     for (axis, kind, _), traffic in report.traffic.items():

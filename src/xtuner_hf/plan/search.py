@@ -25,7 +25,7 @@ from ..models.manifest import meta_model
 from ..parallel.layout import ParallelLayout
 from .devices import GIB, PlanError
 from .job import Job
-from .planning import Plan, plan_job, quieten
+from .planning import UNBALANCED_LOAD, Plan, plan_job, quieten
 
 # Tokens of a rank at a time: what is tried first, and where more rows gain little.
 FIRST_TOKENS, MOST_TOKENS = 16384, 65536
@@ -128,27 +128,29 @@ class _Search:
         return self._with_rows(job, number)
 
     def _neighbours(self, job: Job) -> list[Job]:
-        changes: list[dict[str, Any]] = [{}]
+        offloaded: dict[str, Any] = {"recompute": "full", "activation_offload": True}
+        tried = []
         if not job.activation_offload:
-            changes.append({"recompute": "full", "activation_offload": True})
+            tried.append(replace(job, **offloaded))
             if job.recompute == "full":
-                changes.append({"recompute": "selective"})
+                tried.append(replace(job, recompute="selective"))
         fits = self.seen[self._key(job)].plan.fits
         more_rows = self._with_rows(job, job.micro_batch * 2) if fits else None
-        tried = [replace(job, **change) for change in changes[1:]]
         if more_rows is not None:
-            tried += [replace(more_rows, **change) for change in changes[:2]]
+            tried.append(more_rows)
+            if not job.activation_offload:
+                tried.append(replace(more_rows, **offloaded))
         if not fits and not job.optimizer_offload:
-            tried.append(replace(job, recompute="full", activation_offload=True, optimizer_offload=True))
+            tried.append(replace(job, **offloaded, optimizer_offload=True))
         return tried
 
     def _layouts(self) -> list[ParallelLayout]:
         base, num_experts = self.job.layout, self.job.num_experts
-        with_experts = [1, *(size for size in (2, 4, 8, 16) if num_experts and size <= base.ranks_per_node)]
+        most_ep = max((size for size in (2, 4, 8, 16) if num_experts and size <= base.ranks_per_node), default=1)
         num_parameters = sum(parameter.numel() for parameter in meta_model(self.job.config).parameters())
         layouts = []
         for copies in (1, 2, base.num_nodes):
-            for ep_size in {1, max(with_experts)}:
+            for ep_size in {1, most_ep}:
                 for sp_size in self._sp_sizes():
                     try:
                         layout = replace(base, ep_size=ep_size, sp_size=sp_size, dp_replicate_size=copies)
@@ -195,7 +197,7 @@ class _Search:
         job = candidate.plan.job
         if job.layout.ep_size == 1:
             return candidate
-        busier = self.plans([replace(job, load=2.0)])[0]
+        busier = self.plans([replace(job, load=UNBALANCED_LOAD)])[0]
         plan = replace(candidate.plan, unbalanced=busier.report)
         note = "fits too" if busier.fits else f"needs {busier.needed_gib:.0f} GiB, which it has not"
         return Candidate(plan, f"{candidate.why}; a rank with twice the load {note}")

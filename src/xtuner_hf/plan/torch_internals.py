@@ -20,6 +20,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._pytree import tree_leaves
 
 from .._compat import ChunkedLogProbFunction
 from .clock import Clock
@@ -34,9 +35,15 @@ __all__ = [
     "hidden_propagation",
     "resolve_process_group",
     "simulated_streams",
+    "tensors_in",
     "watched_storages",
     "without_modes",
 ]
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 @contextlib.contextmanager

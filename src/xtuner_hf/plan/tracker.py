@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import ledger as memory
@@ -24,7 +23,13 @@ from . import links
 from .clock import Clock
 from .costs import Costs, bytes_moved, is_free, num_bytes
 from .ledger import Ledger
-from .torch_internals import TorchDispatchMode, hidden_propagation, resolve_process_group, watched_storages
+from .torch_internals import (
+    TorchDispatchMode,
+    hidden_propagation,
+    resolve_process_group,
+    tensors_in,
+    watched_storages,
+)
 
 FORWARD, RECOMPUTE, BACKWARD, OPTIMIZER_STEP = "forward", "recompute", "backward", "optimizer"
 SETUP = "setup"
@@ -71,7 +76,7 @@ class Work:
 
 def _narrowest_float(args: Any) -> torch.dtype:
     """What a matrix product multiplies, whatever it adds up in."""
-    dtypes = (leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+    dtypes = (tensor.dtype for tensor in tensors_in(args) if tensor.is_floating_point())
     return min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
@@ -177,7 +182,7 @@ class StepTracker(TorchDispatchMode):
         if is_pinned:  # a CPU without an accelerator has no such memory
             kwargs = {**kwargs, "pin_memory": False}
         result = func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        outputs = tensors_in(result)
         if name == "index_put" and self._phase == BACKWARD:
             # Autograd writes into the zeros that it made; only under a mode does it copy them first.
             self.ledger.forget(args[0])

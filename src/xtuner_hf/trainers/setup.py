@@ -17,7 +17,7 @@ from ..attention.ulysses import check_heads
 from ..attention.varlen import VARLEN_ATTENTION, attention_refusal
 from ..device import kind_of
 from ..memory.recompute import set_recompute
-from ..models.auto import check_has_mtp, load_model
+from ..models.auto import check_has_mtp, load_model, num_experts
 from ..models.base import HubModelMixin
 from ..models.fp8 import use_fp8
 from ..models.fused import compile_blocks, fuse_norms
@@ -93,7 +93,7 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
     if layout.sp_size > 1:
         check_attention(base_model(model).config.get_text_config(), layout.sp_size)
     if args.world_size > 1 and args.process_index == 0:
-        _announce(f"{layout.describe(num_experts(base_model(model)))}\n{layout.picture()}")
+        _announce(f"{layout.describe(num_experts(base_model(model).config))}\n{layout.picture()}")
     sum_gradients(model)
     if args.fp8:
         use_fp8(base_model(model), args.device)
@@ -171,7 +171,7 @@ def _adopt(model: Any, layout: ParallelLayout, args: Any) -> nn.Module:
         base.set_experts_implementation(args.experts_implementation)
     if args.mtp_loss_coef is not None:
         _set_mtp(base, args.mtp_loss_coef)
-    layout.check_experts(num_experts(base))
+    layout.check_experts(num_experts(base.config))
     if args.world_size == 1:
         return model
     if is_sharded(base):
@@ -195,7 +195,7 @@ def _load(name: str, layout: ParallelLayout, args: Any) -> PreTrainedModel:
     if args.world_size > 1 and not shards_with_accelerate(args):
         kwargs["distributed_config"] = _distributed_config(layout, args)
     model = load_model(name, **kwargs)
-    layout.check_experts(num_experts(model))
+    layout.check_experts(num_experts(model.config))
     return model
 
 
@@ -226,10 +226,3 @@ def _check_loaded_layout(loaded: DistributedConfig, layout: ParallelLayout) -> N
                 f"The model was loaded with {name} {getattr(loaded, name)}, the training arguments say "
                 f"{getattr(layout, name)}; give both the same, or give the trainer the checkpoint's name."
             )
-
-
-def num_experts(model: Any) -> int | None:
-    """Experts of each MoE layer, None for a dense model."""
-    config = model.config.get_text_config()
-    names = ("num_experts", "n_routed_experts", "num_local_experts")
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
