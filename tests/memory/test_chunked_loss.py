@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from xtuner_hf.device import kind_of
 from xtuner_hf.memory.chunked_loss import chunked_cross_entropy
 
 TOKENS, HIDDEN, VOCAB = 96, 32, 5000
+LOGITS_AT_A_TIME = 32 * VOCAB  # 64 labels take two slices
+
+
+@pytest.fixture(autouse=True)
+def few_rows_at_a_time(monkeypatch):
+    few = replace(kind_of("cpu"), logits_at_a_time=LOGITS_AT_A_TIME)
+    monkeypatch.setattr("xtuner_hf.memory.logprobs.kind_of", lambda device: few)
 
 
 def inputs(dtype: torch.dtype, seed: int = 0):
@@ -41,8 +51,7 @@ SEEDS = 16
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradients_are_as_near_to_fp64_as_those_over_full_logits(dtype):
-    """The mean error over seeds is no larger, but for the fp32 gradient of hidden states: a few percent, because the
-    normaliser's log is kept as one fp32 number, whose rounding all words of a token share."""
+    """The mean error over seeds is no larger."""
     errors = {"chunked": torch.zeros(3, dtype=torch.float64), "full": torch.zeros(3, dtype=torch.float64)}
     for seed in range(SEEDS):
         hidden, weight, labels = inputs(dtype, seed)
@@ -54,10 +63,7 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_those_over_full_logits(dtype)
             errors[name] += torch.stack(relative).detach() / SEEDS
     ratios = (errors["chunked"] / errors["full"]).tolist()
     print(f"{dtype}: error of chunked / full: loss {ratios[0]:.3f}, hidden {ratios[1]:.3f}, weight {ratios[2]:.3f}")
-    loss, hidden, weight = ratios
-    assert loss < 1
-    assert hidden < (1.05 if dtype == torch.float32 else 1)
-    assert weight < 1.005
+    assert max(ratios) <= 1
 
 
 class Sizes(TorchDispatchMode):
@@ -75,13 +81,12 @@ class Sizes(TorchDispatchMode):
 
 def test_no_tensor_is_as_large_as_the_logits():
     hidden, weight, labels = inputs(torch.float32)
-    labelled = int((labels != -100).sum())
     with Sizes() as full:
         full_logits_loss(hidden, weight, labels).backward()
     assert full.largest >= TOKENS * VOCAB
     with Sizes() as sizes:
         chunked(hidden, weight, labels).backward()
-    assert sizes.largest <= max(weight.numel(), labelled * 1024)
+    assert sizes.largest <= max(weight.numel(), LOGITS_AT_A_TIME) < full.largest
 
 
 def test_no_label_at_all_costs_nothing_and_has_zero_gradients():

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from xtuner_hf.device import kind_of
 from xtuner_hf.memory.logprobs import chunked_log_probs
 
 TOKENS, HIDDEN, VOCAB = 64, 32, 3000
+
+
+# TRL's kernel, without Triton the same tiles in torch; and whole rows in two slices.
+@pytest.fixture(autouse=True, params=["tiles", "rows"])
+def way(request, monkeypatch) -> str:
+    kind = replace(kind_of("cpu"), triton=request.param == "tiles", logits_at_a_time=0)
+    monkeypatch.setattr("xtuner_hf.memory.logprobs.kind_of", lambda device: kind)
+    return request.param
 
 
 def inputs(dtype: torch.dtype):
@@ -52,6 +63,28 @@ def test_values_and_gradients_are_as_near_to_fp64_as_those_over_full_logits(dtyp
         error, plain_error = ((x - reference).norm() / reference.norm() for x in (a, b))
         # A quarter more for another order of the same sums; the dtype's own step is as near as a result can be.
         assert error < max(1.25 * plain_error, torch.finfo(dtype).eps), f"{name}: {error} against {plain_error}"
+
+
+def test_autocast_computes_in_bf16_and_keeps_the_parameters_dtype(way):
+    tensors, targets = inputs(torch.float32)
+    expected = results(over_full_logits, [t.detach().double() for t in tensors], targets, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, _ = chunked(*tensors, targets)
+    log_probs.sum().backward()
+    assert log_probs.dtype == torch.float32
+    assert all(tensor.grad.dtype == torch.float32 for tensor in tensors)
+    error = (log_probs - expected[0]).norm() / expected[0].norm()
+    assert torch.finfo(torch.float32).eps < error < torch.finfo(torch.bfloat16).eps
+
+
+def test_rows_of_fp64_are_fp64(way):
+    if way == "tiles":
+        pytest.skip("TRL's kernel computes in fp32")
+    tensors, targets = inputs(torch.float64)
+    for found, expected in zip(
+        results(chunked, tensors, targets, 0.7), results(over_full_logits, tensors, targets, 0.7), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_tokens_without_target_are_zero_and_get_no_gradient():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -24,9 +27,14 @@ class ExactLogProbs:
         return chosen, entropy, None, mean, top1
 
 
+def exact_log_probs() -> AbstractContextManager:
+    return patch("trl.trainer.utils._ChunkedLogProbFunction", ExactLogProbs)
+
+
 @pytest.fixture
-def exact_head(monkeypatch) -> None:
-    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", ExactLogProbs)
+def exact_head():
+    with exact_log_probs():
+        yield
 
 
 @pytest.fixture(params=["TRL's kernel", "fp64"])

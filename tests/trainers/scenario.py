@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import nullcontext
 
 import torch
 from accelerate.state import AcceleratorState
@@ -15,6 +16,7 @@ import xtuner_hf
 from tests import vision
 from tests.families import FAMILIES
 from tests.tiny import uneven_rows
+from tests.trainers.exact_head import exact_log_probs
 from xtuner_hf.data import PackedCollator
 
 # Imported here and not by each rank (tests/ranks.py).
@@ -70,7 +72,8 @@ def train(
     """Train a tiny model on rows of uneven length, 8 of them an optimizer step if batch x ranks x accumulation is.
 
     `config` changes the family's configuration, `init` goes to the model's constructor. `idle_experts` get no token.
-    `family` may be one of `tests.vision.MODELS`: then some of the rows have images.
+    `family` may be one of `tests.vision.MODELS`: then some of the rows have images. In fp64 TRL's head, which computes
+    in fp32, is replaced.
     """
     changes = {"router_correction_bias": True} if family == "qwen3_moe" else {}
     sees = family in vision.MODELS
@@ -107,7 +110,8 @@ def train(
         if trainer_kind == "MoESFTTrainer":
             keywords["processing_class"] = tiny_tokenizer()
         trainer = TRAINERS[trainer_kind](model=model, args=args, **keywords)
-        trainer.train()
+        with exact_log_probs() if dtype == torch.float64 else nullcontext():
+            trainer.train()
     state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
     return {"logs": recorder.logs, "grads": recorder.grads, "state": state}
 

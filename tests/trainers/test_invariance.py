@@ -1,7 +1,7 @@
 """The same optimizer steps however the global batch is split: accumulation, packing, recompute, ranks, EP.
 
 All runs train on the same 8 rows a step, with very different numbers of labels, and all balance terms on. fp64 weights,
-so that what is compared is the method; the head's and the router's softmax stay fp32 by design, hence 1e-6.
+so that what is compared is the method; the router's softmax stays fp32 by design, hence 1e-6.
 """
 
 from __future__ import annotations

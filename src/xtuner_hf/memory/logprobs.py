@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of chosen tokens without ever holding the full logits.
 
-TRL's tiled kernel does the work: it keeps running log-sum-exp statistics over [tokens x vocabulary] tiles, recomputes
-each tile in backward and accumulates the gradients of the head and of the hidden states in fp32.
+On CUDA, TRL's tiled Triton kernel does the work: it keeps running log-sum-exp statistics over [tokens x vocabulary]
+tiles, recomputes each tile in backward and adds the gradients up in fp32. Elsewhere row_logprobs.py takes whole rows.
 
 Legend: T tokens, V vocabulary, H hidden size.
 """
@@ -13,10 +13,13 @@ from typing import NamedTuple
 import torch
 
 from .._compat import ChunkedLogProbFunction
-from ..device import logits_tile_width
+from ..device import kind, kind_of
 from ..host_reads import host_reads
+from .row_logprobs import RowLogProbs
 
 IGNORE_INDEX = -100
+# Vocabulary entries of a tile of TRL's kernel: an accelerator wants matrix products that fill it.
+TILE_WIDTH = 8192
 # What TRL's fused head returns for each token.
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
@@ -24,8 +27,8 @@ PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1
 class TokenLogProbs(NamedTuple):
     """Of each token; 0 where it has no target."""
 
-    log_probs_T: torch.Tensor  # fp32, log p(target)
-    entropy_T: torch.Tensor | None  # fp32, -sum_v p_v log p_v, in nats
+    log_probs_T: torch.Tensor  # log p(target); fp32, fp64 of fp64 inputs where Triton does not run
+    entropy_T: torch.Tensor | None  # the same dtype, -sum_v p_v log p_v, in nats
 
 
 def chunked_log_probs(
@@ -52,17 +55,13 @@ def chunked_log_probs(
     # The number of targets is read back to the host: one sync a micro-batch, and the matrix products shrink to the
     # tokens that have one, often half of a conversation.
     row_N = host_reads().true_rows(targets_T != IGNORE_INDEX)
-    log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-        hidden_TH[row_N],
-        weight_VH,
-        bias_V,
-        targets_T[row_N],
-        temperature,
-        logits_tile_width(hidden_TH.device),
-        None,
-        1.0,
-        ("entropy",) if with_entropy else (),
-    )
+    head = (hidden_TH[row_N], weight_VH, bias_V, targets_T[row_N], temperature)
+    here = kind_of(kind(hidden_TH.device))
+    if here.triton:
+        outputs = ("entropy",) if with_entropy else ()
+        log_probs, entropy, *_ = ChunkedLogProbFunction.apply(*head, TILE_WIDTH, None, 1.0, outputs)
+    else:
+        log_probs, entropy = RowLogProbs.apply(*head, with_entropy, here.logits_at_a_time)
     num_tokens = targets_T.shape[0]
     spread_entropy_T = _spread(entropy, row_N, num_tokens) if with_entropy else None
     return TokenLogProbs(_spread(log_probs, row_N, num_tokens), spread_entropy_T)

@@ -55,7 +55,7 @@ class ChunkedLossMixin:
         """What the parent takes and returns, and:
 
         Args:
-            chunked_loss: with `labels`, compute the loss tile by tile and return no logits.
+            chunked_loss: with `labels`, compute the loss without full logits and return none.
             num_items_in_batch: what the summed loss is divided by; the number of labels here by default.
             loss_weights: [B, S], how much each label counts; 1 by default. (transformers' trainer takes every argument
                 with "label" in its name for one that its batches must have.)
