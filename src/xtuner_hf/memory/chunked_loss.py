@@ -1,6 +1,6 @@
 """Cross entropy of a language model's head without ever holding the full logits.
 
-Legend: T tokens, V vocabulary, H hidden size.
+Legend: B rows, S positions, T tokens, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,22 @@ import torch
 
 from .logprobs import IGNORE_INDEX, chunked_log_probs
 
-__all__ = ["IGNORE_INDEX", "chunked_cross_entropy"]
+__all__ = ["IGNORE_INDEX", "LossWeights", "chunked_cross_entropy"]
+
+
+class LossWeights:
+    """How much each label counts.
+
+    A plain class: FSDP casts floating-point inputs of a module to bf16, which has 8 bits, and looks into dataclasses.
+
+    Args:
+        weights_BS: [B, S] fp32, of each position as its own label.
+        total: scalar fp32, what the weighted loss is divided by; the sum of these weights by default.
+    """
+
+    def __init__(self, weights_BS: torch.Tensor, total: torch.Tensor | None = None) -> None:
+        self.weights_BS = weights_BS
+        self.total = weights_BS[:, 1:].sum() if total is None else total
 
 
 def chunked_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T, weights_T=None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..memory.chunked_loss import IGNORE_INDEX, chunked_cross_entropy
+from ..memory.chunked_loss import IGNORE_INDEX, LossWeights, chunked_cross_entropy
 from ..moe.tokens import shift_left
 
 
@@ -22,18 +22,18 @@ class LMHead(nn.Linear):
         self,
         hidden_BSH: torch.Tensor,
         labels_BS: torch.Tensor | None = None,
-        weights_BS: torch.Tensor | None = None,
+        weights: LossWeights | None = None,
     ) -> torch.Tensor:
         """Logits [B, S, V]; with labels, the sum of the cross entropy over them (scalar fp32).
 
         Args:
             labels_BS: the label of each position itself (already shifted), -100 where there is none.
-            weights_BS: how much each label counts; 1 by default.
+            weights: of these labels; 1 by default.
         """
         if labels_BS is None:
             return super().forward(hidden_BSH)
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-        weights_T = None if weights_BS is None else weights_BS.reshape(-1)
+        weights_T = None if weights is None else weights.weights_BS.reshape(-1)
         return chunked_cross_entropy(hidden_TH, self.weight, self.bias, labels_BS.reshape(-1), weights_T)
 
 
@@ -49,16 +49,17 @@ class ChunkedLossMixin:
         labels: torch.LongTensor | None = None,
         chunked_loss: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-        loss_weights: torch.Tensor | None = None,
+        loss_weights: LossWeights | None = None,
         **kwargs,
     ):
         """What the parent takes and returns, and:
 
         Args:
             chunked_loss: with `labels`, compute the loss without full logits and return none.
-            num_items_in_batch: what the summed loss is divided by; the number of labels here by default.
-            loss_weights: [B, S], how much each label counts; 1 by default. (transformers' trainer takes every argument
-                with "label" in its name for one that its batches must have.)
+            num_items_in_batch: what the summed loss is divided by; the number of labels here by default. A whole
+                number: FSDP casts others to bf16.
+            loss_weights: how much each label counts, and what the sum is divided by instead. (transformers' trainer
+                takes every argument with "label" in its name for one that its batches must have.)
 
         Raises:
             ValueError: for weights without `chunked_loss`.
@@ -85,10 +86,13 @@ class ChunkedLossMixin:
         """
         next_labels_BS = shift_left(labels_BS, 1, IGNORE_INDEX)
         sequence = inputs.get("sequence")
-        weights_BS = inputs["loss_weights"]
-        next_weights_BS = None if weights_BS is None else shift_left(weights_BS, 1)
+        weights = inputs["loss_weights"]
+        if weights is not None:
+            num_items = weights.total
+            next_weights_BS = shift_left(weights.weights_BS, 1)
+            shifted = next_weights_BS if sequence is None else sequence.take(next_weights_BS)
+            weights = LossWeights(shifted, weights.total)
         if sequence is not None:
             next_labels_BS = sequence.take(next_labels_BS)
-            next_weights_BS = None if next_weights_BS is None else sequence.take(next_weights_BS)
-        total = self.lm_head(trunk_outputs.last_hidden_state, next_labels_BS, next_weights_BS)
+        total = self.lm_head(trunk_outputs.last_hidden_state, next_labels_BS, weights)
         return CausalLMOutputWithPast(loss=total / num_items)

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..attention.documents import Documents
 from ..attention.ulysses import SequenceRanks, SequenceShard
+from ..memory.chunked_loss import LossWeights
 from ..memory.logprobs import IGNORE_INDEX, PER_TOKEN
 from ..moe.replay import NATIVE, RearrangedRoutes
 from ..moe.tokens import TokenLayout, shift_left
@@ -71,8 +72,9 @@ class SequenceParallelModel:
             num_items = (labels_BL[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         padding = (0, shard.real_BL.shape[1] - length)
         labels_BL = F.pad(labels_BL, padding, value=IGNORE_INDEX)
-        if inputs.get("loss_weights") is not None:
-            inputs["loss_weights"] = F.pad(inputs["loss_weights"], padding)
+        weights = inputs.get("loss_weights")
+        if weights is not None:
+            inputs["loss_weights"] = LossWeights(F.pad(weights.weights_BS, padding), weights.total)
         inputs["num_items_in_batch"] = num_items
         if inputs.get("fused_lm_head"):
             further = inputs.get("further")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from ..memory.chunked_loss import IGNORE_INDEX
+from ..memory.chunked_loss import IGNORE_INDEX, LossWeights
 from ..moe.tokens import TokenLayout
 
 LOSS_WEIGHTINGS = ("token", "sqrt")
@@ -59,14 +59,18 @@ class LossWeightingMixin(_Base):
         total = torch.stack([sqrt_weights(batch).sum() for batch in batch_samples]).sum().to(device)
         return self.sum_over_batches(total)  # type: ignore[attr-defined]  # of SequenceParallelMixin
 
-    def weigh(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The model and its inputs, such that the loss is the weighted one."""
+    def weigh(self, model: Any, inputs: dict[str, Any], total: torch.Tensor | None) -> tuple[Any, dict[str, Any]]:
+        """The model and its inputs, such that the loss is the weighted one.
+
+        Args:
+            total: what `_get_num_items_in_batch` gave.
+        """
         if self.args.loss_weighting == "token":
             return model, inputs
         weights_BS = sqrt_weights(inputs)
         if self.loss_of_log_probs:
             return _WeightedLogProbs(model, weights_BS), inputs
-        return model, {**inputs, "loss_weights": weights_BS}
+        return model, {**inputs, "loss_weights": LossWeights(weights_BS, total)}
 
 
 class _WeightedLogProbs:

@@ -198,7 +198,7 @@ class MoETrainerMixin(LossWeightingMixin, StabilityMixin, CheckpointingMixin, Se
             self._counted = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        model, inputs = self.weigh(self.shared(model), inputs)
+        model, inputs = self.weigh(self.shared(model), inputs, num_items_in_batch)
         if not self.model.training:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         with contextlib.nullcontext() if self._counted else self._balance.recording():
