@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -31,11 +33,36 @@ def test_a_run_in_the_planners_words(on_h100, run):
     assert job.layout == run[1].parallel_layout
 
 
-def test_one_line_at_the_start(on_h100, run, caplog):
-    with caplog.at_level(logging.INFO):
-        planning.announce_plan(*run)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == planning.__name__]
-    assert line.startswith("Planned: fits: 3.5 of 79.6 GiB")
+# As README's train.py, nothing stands behind `if __name__ == "__main__"`.
+SCRIPT = """
+import logging, torch
+from tests.tiny import build, moe_config
+from xtuner_hf import MoETrainingArguments, Qwen3MoeForCausalLM
+from xtuner_hf.trainers import planning
+
+print("the script runs as", __name__)
+logging.basicConfig(level=logging.INFO)
+planning.device_name = lambda device: "NVIDIA H100 80GB HBM3"
+args = MoETrainingArguments(output_dir="out", use_cpu=True, bf16=True, recompute="full")
+batch = {"input_ids": torch.zeros(1, 96, dtype=torch.int64), "position_ids": torch.arange(32).repeat(3)[None]}
+planning.announce_plan(build(Qwen3MoeForCausalLM, moe_config()), args, [batch, batch])
+"""
+
+
+def test_one_line_at_the_start_and_the_script_runs_once(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "train.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout == "the script runs as __main__\n"
+    assert [line for line in run.stderr.splitlines() if f"{planning.__name__}:Planned: fits: 3.5 of 79.6 GiB" in line]
+
+
+def test_a_planner_that_dies_stops_no_run(on_h100, run, caplog, monkeypatch):
+    monkeypatch.setattr(planning, "_PLANNER", "raise SystemExit(3)")
+    planning.announce_plan(*run)
+    assert "This run cannot be planned: the planner's process ended with 3" in caplog.text
 
 
 def test_a_device_that_the_table_lacks(run, caplog):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import pickle
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -13,9 +14,25 @@ from ..device import device_name
 from ..parallel.adapters import base_model, is_adapted
 from ..plan.devices import PlanError, device_names, find_device
 from ..plan.job import Job
-from ..plan.search import plan_briefly
+from ..plan.planning import Plan
 
 logger = logging.getLogger(__name__)
+
+# Reads where modules are found and a job, writes the plan or why there is none. What anybody prints goes to stderr.
+_PLANNER = """
+import os, pickle, sys
+answer = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from xtuner_hf.plan.devices import PlanError
+from xtuner_hf.plan.search import plan_briefly
+try:
+    found = plan_briefly(pickle.load(sys.stdin.buffer))
+except PlanError as error:
+    found = error
+pickle.dump(found, answer)
+answer.close()
+"""
 
 
 def announce_plan(model: Any, args: Any, batches: list[dict]) -> None:
@@ -25,13 +42,27 @@ def announce_plan(model: Any, args: Any, batches: list[dict]) -> None:
         batches: micro-batches of an optimizer step; the first one's shape is planned.
     """
     try:
-        job = job_of_run(model, args, batches)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            plan = process.submit(plan_briefly, job).result()
+        plan = _plan_apart(job_of_run(model, args, batches))
     except PlanError as error:
         logger.warning("This run cannot be planned: %s", error)
         return
     logger.info("Planned: %s, %.2f s a step, MFU %.2f (a roofline).", plan.verdict, plan.report.seconds, plan.mfu)
+
+
+def _plan_apart(job: Job) -> Plan:
+    """`plan_briefly` in a process of its own, since planning changes torch (plan/torch_internals.py).
+
+    A new interpreter and no worker of multiprocessing: that would run the training script once more there, unless it
+    stands behind `if __name__ == "__main__"`.
+    """
+    question = pickle.dumps(sys.path) + pickle.dumps(job)
+    run = subprocess.run([sys.executable, "-c", _PLANNER], input=question, stdout=subprocess.PIPE, check=False)
+    if run.returncode:
+        raise PlanError(f"the planner's process ended with {run.returncode}; its last words are above.")
+    found = pickle.loads(run.stdout)
+    if isinstance(found, PlanError):
+        raise found
+    return found
 
 
 def job_of_run(model: Any, args: Any, batches: list[dict]) -> Job:
