@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ParamWrapper
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -324,3 +324,12 @@ def test_what_sequence_parallelism_leans_on():
     assert "process_index // (submesh_tp_size * submesh_cp_size)" in source
     assert "submesh_fsdp_size * submesh_dp_size" in source
     assert "torch_device_mesh=device_mesh" in inspect.getsource(Accelerator.prepare_data_loader)
+
+
+def test_several_gpus_in_one_process():
+    """What makes transformers wrap a model in DataParallel."""
+    args = TrainingArguments(use_cpu=True, report_to=[])
+    args._n_gpu = 8
+    _compat.use_one_device(args)
+    assert args.n_gpu == 1
+    assert "self.args.n_gpu > 1" in inspect.getsource(Trainer._wrap_model)

@@ -99,6 +99,7 @@ __all__ = [
     "register_collectives",
     "revert_weight_conversion",
     "use_fsdp_on_cpu",
+    "use_one_device",
 ]
 
 
@@ -305,3 +306,8 @@ def use_fsdp_on_cpu(
     if parallelism is not None:
         shared.parallelism_config = parallelism
         shared.device_mesh = parallelism.get_device_mesh("cpu")
+
+
+def use_one_device(args: Any) -> None:
+    """Let a trainer of a single process use its first GPU alone; transformers would take all that it sees."""
+    args._n_gpu = 1

@@ -55,6 +55,13 @@ def test_a_model_of_another_package(tmp_path):
         trainer(tmp_path, stock)
 
 
+def test_several_gpus_in_one_process_are_no_data_parallel(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 8  # what transformers counts without a launcher
+    with pytest.raises(ValueError, match=r"sees 8 GPUs.*accelerate launch.*CUDA_VISIBLE_DEVICES=0"):
+        MoETrainer(model=build(Qwen3MoeForCausalLM, moe_config()), args=args, train_dataset=rows())
+
+
 def test_arguments_of_another_trainer(tmp_path):
     with pytest.raises(TypeError, match="MoETrainer needs its own arguments class, got TrainingArguments"):
         MoETrainer(model=None, args=transformers.TrainingArguments(output_dir=str(tmp_path)))

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM as StockModel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from .._compat import use_one_device
 from ..data.collator import PackedCollator
 from ..device import is_host, synchronize
 from ..models.auto import AutoModelForCausalLM
@@ -145,12 +146,14 @@ def measure(case: Case, shape: Shape, device: torch.device, *, steps: int, warmu
         if ours:
             options: dict[str, Any] = {"experts_kernel": experts, **NO_BALANCE, **extra}
             args: Any = MoETrainingArguments(**common, per_device_train_batch_size=_rows(case), **options)
+            use_one_device(args)
             collator: Any = PackedCollator(pad_token_id=0, padding_free=True)
             trainer: Any = TimedMoETrainer(
                 model=model, args=args, train_dataset=documents, data_collator=collator, callbacks=[clock]
             )
         else:
             args = TrainingArguments(**common, per_device_train_batch_size=_rows(case))
+            use_one_device(args)
             trainer = TimedTrainer(model=model, args=args, train_dataset=documents, callbacks=[clock])
         trainer.clock = clock
         if not is_host(device):

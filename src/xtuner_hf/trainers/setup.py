@@ -84,6 +84,12 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
         TypeError: for a model of another package.
         ValueError: for a layout or a launch that cannot be.
     """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, and transformers would train a copy of the model on each in threads "
+            "(nn.DataParallel), which neither shards nor balances: start one process a GPU with `accelerate launch "
+            "--config_file accelerate_configs/gpu_8.yaml`, or show it a single one with CUDA_VISIBLE_DEVICES=0."
+        )
     layout = args.parallel_layout
     if shards_with_accelerate(args):
         check_accelerate_door(model)
