@@ -106,6 +106,7 @@ def path_cases() -> dict[str, float]:
 
 def all_cases(device: str = "cpu") -> dict[str, float]:
     errors = path_cases() if device == "cpu" else {}  # benchmarks/gpu_session.py has them for a GPU, in bf16
+    errors["grouping, no token"] = grouping_case(torch.empty(0, 2, dtype=torch.int64, device=device), 16)
     for routing, ids_TK in ROUTINGS.items():
         ids_TK = ids_TK.to(device)
         for align, dtype in ((1, torch.float32), (16, torch.bfloat16)):

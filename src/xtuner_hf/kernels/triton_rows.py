@@ -73,7 +73,7 @@ def group_by_expert(topk_ids_TK: torch.Tensor, num_experts: int, align: int = 1)
     num_slots, device = topk_ids_TK.numel(), topk_ids_TK.device
     padded_experts = triton.next_power_of_2(num_experts)
     block = max(16, 8192 // padded_experts)
-    num_blocks = triton.cdiv(num_slots, block)
+    num_blocks = max(triton.cdiv(num_slots, block), 1)  # one without a slot counts to 0
     sizes = {"EXPERTS": padded_experts, "BLOCK": block}
     counts_BE = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
     count_kernel[(num_blocks,)](topk_ids_TK, counts_BE, num_slots, num_experts, **sizes)
