@@ -2,6 +2,7 @@
 
     lengths of documents     once a micro-batch      attention/documents.py
     rows with a label        once a micro-batch      memory/logprobs.py
+    tokens that are real     once a padded forward   memory/unpadded.py
     rows between EP ranks    once a layer, early     moe/ep_dispatcher.py
 
 Everything else is queued without waiting. A dry run has no data to read: it answers in the device's place

@@ -8,6 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from tests.families import ALL_FAMILIES, FAMILIES
+from tests.moe.ep_cases import OperatorSpy
 from tests.trainers.exact_head import ExactLogProbs
 from xtuner_hf._compat import add_fused_lm_head
 from xtuner_hf.memory.unpadded import UnpaddedModel, scores_unpadded
@@ -122,6 +123,18 @@ def test_routes_are_those_of_the_tokens(family):
         assert (recorded[on] >= 0).all()
         again = UnpaddedModel(model)(**inputs, routes=RouteReplay(routers, recorded), fused_lm_head=True).log_probs
     assert torch.equal(again, native)
+
+
+def test_the_host_waits_once_for_the_tokens_and_not_in_every_layer():
+    """Rows were packed by masks, which a device must count before the host can go on: in each layer, under replay."""
+    model, inputs = ready("qwen3_moe", torch.float32), batch()
+    routers = RouterMap(model)
+    recorder = RouteRecorder(routers)
+    for routes in (recorder, None):
+        routes = routes or RouteReplay(routers, recorder.ids_BSLK(B))
+        with OperatorSpy(("nonzero", "masked_select")) as spy:
+            UnpaddedModel(model)(**inputs, routes=routes, fused_lm_head=True).log_probs.sum().backward()
+        assert spy.found == ["nonzero"] * 2, "the real tokens, and where documents begin"
 
 
 def test_what_cannot_be_packed_stays_padded():

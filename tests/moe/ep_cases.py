@@ -75,7 +75,7 @@ WAITING_OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "unique"
 
 
 class OperatorSpy(TorchDispatchMode):
-    """Notes the operators of these names that run inside the `with`."""
+    """Notes the operators of these names that run inside the `with`, and with "nonzero" the indices that are masks."""
 
     def __init__(self, watched: tuple[str, ...]):
         super().__init__()
@@ -86,7 +86,14 @@ class OperatorSpy(TorchDispatchMode):
         name = func.name().removeprefix("aten::").split(".")[0]
         if name in self.watched:
             self.found.append(name)
+        if name.startswith("index") and "nonzero" in self.watched and any(map(_is_mask, args[1:2])):
+            self.found.append(f"{name} by a mask")
         return func(*args, **(kwargs or {}))
+
+
+def _is_mask(indices: object) -> bool:
+    found = indices if isinstance(indices, list | tuple) else [indices]
+    return any(isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in found)
 
 
 def run(dispatcher: str, case: str, dtype: torch.dtype, kernel: str = "xtuner_reference", mode: str = "plain") -> dict:

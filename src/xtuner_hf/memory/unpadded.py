@@ -8,7 +8,7 @@
 So the result for a sample does not depend, even by rounding, on how long the others are: rotations are fp32, and those
 of a sample moved to the right by padding differ from its own in the last bits.
 
-Legend: B rows, S positions of a padded row, T real tokens of all rows.
+Legend: B rows, S positions of a padded row, N = B*S, T real tokens of all rows, K experts per token.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention.varlen import VARLEN_ATTENTION
+from ..host_reads import host_reads
 from ..moe.replay import NATIVE, RearrangedRoutes
 from .logprobs import IGNORE_INDEX, PER_TOKEN
 
@@ -80,13 +81,19 @@ class _Rows:
     def __init__(self, real_BS: torch.Tensor):
         self.real_BS = real_BS
 
+    @cached_property
+    def index_T(self) -> torch.Tensor:
+        """[T] int64: where they are in the flattened batch. An index by mask would let the host wait each time."""
+        return host_reads().true_rows(self.real_BS.flatten())
+
     def pack(self, tensor_BS: torch.Tensor) -> torch.Tensor:
         """[B, S] -> [1, T]"""
-        return tensor_BS[self.real_BS][None]
+        return tensor_BS.flatten()[self.index_T][None]
 
     def spread(self, tensor_1T: torch.Tensor) -> torch.Tensor:
         """[1, T] -> [B, S], 0 on padding; differentiable."""
-        return tensor_1T.new_zeros(self.real_BS.shape).masked_scatter(self.real_BS, tensor_1T)
+        zeros_N = tensor_1T.new_zeros(self.real_BS.numel())
+        return zeros_N.scatter(0, self.index_T, tensor_1T[0]).view(self.real_BS.shape)
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -95,10 +102,10 @@ class _Rows:
 
     def take_routes(self, ids_NK: torch.Tensor) -> torch.Tensor:
         """[B * S, K] -> [T, K]"""
-        return ids_NK[self.real_BS.flatten()]
+        return ids_NK[self.index_T]
 
     def put_routes(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """[T, K] -> [B * S, K], native on padding."""
         ids_NK = ids_TK.new_full((self.real_BS.numel(), ids_TK.shape[1]), NATIVE)
-        ids_NK[self.real_BS.flatten()] = ids_TK
+        ids_NK[self.index_T] = ids_TK
         return ids_NK
