@@ -37,7 +37,7 @@ class Collector:
     def load(self, files: Sequence[Path]) -> None:
         if len(self.layers) == self.fails_in_layer:
             raise EngineError("out of memory")
-        assert sorted(files) == sorted(files[0].parent.iterdir())  # nothing else lies there
+        assert sorted(files) == sorted(files[0].parent.glob("[!.]*"))  # nothing else lies there
         with ThreadPoolExecutor(1) as reader:  # unseen by the spy, which watches the trainer's thread
             self.layers.append({name: t for loaded in reader.map(load_file, files) for name, t in loaded.items()})
         self.ranks.append({int(re.search(r"rank-(\d+)", file.name)[1]) for file in files})

@@ -54,6 +54,27 @@ def test_an_engine_gets_what_a_checkpoint_holds_layer_by_layer(family, tmp_path)
     assert not (tmp_path / "weights").exists()
 
 
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path):
+    """A sync emptied any folder that it was given: with folder="/dev/shm" all shared memory of the machine."""
+    (tmp_path / "other").write_text("of somebody else")
+    sync = WeightSync(Collector(), tmp_path, probe_tokens=0)
+    with pytest.raises(ValueError, match=r"holds files of others.*weights say"):
+        sync(model_of(0), "1")
+    assert (tmp_path / "other").read_text() == "of somebody else"
+
+
+def test_what_a_killed_sync_left_behind_goes(tmp_path):
+    class Dies(Collector):
+        def load(self, files) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        WeightSync(Dies(), tmp_path / "weights", probe_tokens=0)(model_of(0), "1")
+    assert list((tmp_path / "weights").glob("*.safetensors"))
+    WeightSync(Collector(), tmp_path / "weights", probe_tokens=0)(model_of(0), "1")
+    assert not (tmp_path / "weights").exists()
+
+
 class SamplesOnly(LocalEngine):
     """As LMDeploy: no log-probabilities but of what it sampled."""
 

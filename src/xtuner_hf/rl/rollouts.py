@@ -29,7 +29,7 @@ class EngineRollouts:
 
     Args:
         engine: of `rl/engines`.
-        folder: for new weights, on storage that all ranks and the engine share; it is emptied.
+        folder: for new weights and nothing else, on storage that all ranks and the engine share.
         sync: whether weights are sent. False for engines whose weights somebody else sends, or stay.
         seed: of the first sample of the first turn; None for chance.
         sync_options: further arguments of `WeightSync` (`dtype`, `tolerance`, `quantised_like`, ...).

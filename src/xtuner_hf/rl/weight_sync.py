@@ -47,6 +47,7 @@ from .engines.contract import EngineError, RolloutEngine, Sampling
 logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 1e-3
+_MARK = ".weight-sync"  # in a folder that we made
 _PIECE = 8  # tokens of a prompt, and of the answer, where an engine scores nothing but its answers
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 # What a failed probe tells apart; the first pattern that fits a name, the model's own or the Hub's.
@@ -87,7 +88,7 @@ class WeightSync:
 
     Args:
         engine: shared by all ranks, or one for each.
-        folder: on storage that all ranks and the engine see; must be empty or not there.
+        folder: on storage that all ranks and the engine see; must be empty or not there, and is removed after a sync.
         dtype: of what is sent; None keeps the model's. What the family keeps in fp32 stays so.
         quantised_like: the quantised checkpoint (folder) that the engine was started with; weights are then sent in its
             format (FP8 blocks, MXFP4).
@@ -152,10 +153,9 @@ class WeightSync:
 
     def _send(self, model: Any, version: str, only: Callable[[str], bool] = lambda name: True) -> int:
         """Bytes of all tensors that were sent; those whose Hub name is chosen."""
-        if self.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        self._barrier()
+        with fail_together(sharded=self.group is not None):
+            if self.rank == 0:
+                self._make_folder()
         self._together(self.engine.begin_update)
         source = self._source(model)
         num_bytes = 0
@@ -179,6 +179,18 @@ class WeightSync:
         if self.rank == 0:
             shutil.rmtree(self.folder)
         return num_bytes
+
+    def _make_folder(self) -> None:
+        """Empty, and marked as one that a sync may empty: of one that was killed, say."""
+        mark = self.folder / _MARK
+        if self.folder.exists() and any(self.folder.iterdir()) and not mark.exists():
+            raise ValueError(
+                f"{self.folder}, the folder for new weights, holds files of others, and every sync empties it: name "
+                f"one that is not there yet, {self.folder / 'weights'} say."
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        mark.touch()
 
     @torch.no_grad()
     def _written_layers(
