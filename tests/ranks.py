@@ -1,7 +1,10 @@
 """Runs a function on several processes joined by gloo, with a deadline, and leaves no process behind.
 
-One process imports what the function needs and then splits into the ranks: importing is most of what a short test does,
-and eight ranks on two cores would do it eight times.
+    pytest  --job-->  nursery  --fork-->  job  --fork-->  ranks
+
+Importing is most of what a short test does. So one process of a test run, the nursery, has imported what nearly all
+jobs need, and splits into each of them; a job imports the rest and splits into its ranks. No job runs in the nursery
+itself: all begin as the first one does.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,9 @@ import torch
 from tests.ports import free_port
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+_PRELOADED = ("tests.trainers.scenario", *(f"xtuner_hf.trainers.{name}" for name in ("sft", "mpo", "kto", "dapo")))
 
 
 def run_on_ranks(
@@ -36,27 +44,72 @@ def run_on_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(kwargs, Path(folder) / "kwargs.pt")
+        is_usual = launcher == "tests.ranks" and _read_at_import() == _READ_BY_NURSERY
+        job: _Job = _NurseryJob() if is_usual else _OwnJob(launcher)
         # A session of its own, so that all ranks can be killed together.
-        job = subprocess.Popen(
-            [sys.executable, "-m", launcher, function, folder, str(world_size)],
-            cwd=REPO,
-            env=_environment(world_size),
-            start_new_session=True,
-        )
+        pid = job.start(function, folder, world_size)
         try:
-            failed = job.wait(timeout) != 0
-            problem = "failed"
-        except subprocess.TimeoutExpired:
-            failed, problem = True, f"no end after {timeout} s"
+            code = job.wait(timeout)
         except BaseException:
-            _kill(job)
+            _kill(pid)
             raise
-        if failed:
-            _kill(job)
+        if code is None:
+            _kill(pid)
+            job.wait(None)
+        if code != 0:
+            _kill(pid)
+            problem = "failed" if code is not None else f"no end after {timeout} s"
             logs = [Path(folder) / f"log-{rank}.txt" for rank in range(world_size)]
             text = "\n".join(f"--- {log.stem} ---\n{log.read_text()[-4000:]}" for log in logs if log.exists())
             raise RuntimeError(f"{function} on {world_size} ranks: {problem}\n{text}")
         return [torch.load(Path(folder) / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+class _OwnJob:
+    """Of a process that imports everything anew."""
+
+    def __init__(self, launcher: str):
+        self._launcher = launcher
+
+    def start(self, function: str, folder: str, world_size: int) -> int:
+        command = [sys.executable, "-m", self._launcher, function, folder, str(world_size)]
+        self._process = subprocess.Popen(command, cwd=REPO, env=_environment(world_size), start_new_session=True)
+        return self._process.pid
+
+    def wait(self, timeout: float | None) -> int | None:
+        """The exit code; None if it is still running."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout)
+        return None
+
+
+class _NurseryJob:
+    """The same, of a fork of the nursery."""
+
+    _connection: Connection | None = None
+
+    def start(self, function: str, folder: str, world_size: int) -> int:
+        if _NurseryJob._connection is None:
+            _NurseryJob._connection, theirs = Pipe()
+            command = [sys.executable, "-m", "tests.ranks", str(theirs.fileno())]
+            subprocess.Popen(command, cwd=REPO, env=_environment(1), pass_fds=[theirs.fileno()], start_new_session=True)
+            theirs.close()
+        self._connection.send((function, folder, world_size, _environment(world_size)))
+        return self._connection.recv()
+
+    def wait(self, timeout: float | None) -> int | None:
+        return self._connection.recv() if self._connection.poll(timeout) else None
+
+
+_Job = _OwnJob | _NurseryJob
+
+
+def _read_at_import() -> dict[str, str]:
+    """What HuggingFace's libraries look for when they are imported."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("HF_", "TRANSFORMERS_", "TRL_"))}
+
+
+_READ_BY_NURSERY = _read_at_import()
 
 
 def _environment(world_size: int) -> dict[str, str]:
@@ -75,15 +128,47 @@ def _environment(world_size: int) -> dict[str, str]:
     }
 
 
-def _kill(job: subprocess.Popen) -> None:
+def _kill(pid: int) -> None:
     # Ranks outlive the process that they come from where one of them failed.
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+        os.killpg(pid, signal.SIGKILL)
 
 
 def main() -> None:
-    name, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if len(sys.argv) == 2:
+        _serve(Connection(int(sys.argv[1])))
+    else:
+        name, folder, world_size = sys.argv[1:]
+        sys.exit(_launch(name, Path(folder), int(world_size)))
+
+
+def _serve(connection: Connection) -> None:
+    """What the nursery does, until nobody holds the other end."""
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    while True:
+        try:
+            function, folder, world_size, environment = connection.recv()
+        except EOFError:
+            return
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                os.environ.clear()
+                os.environ.update(environment)
+                code = _launch(function, Path(folder), world_size)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        connection.send(pid)
+        connection.send(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def _launch(name: str, folder: Path, world_size: int) -> int:
+    """Splits into the ranks; 0 when all have ended well."""
     module, function = name.split(":")
     imported = importlib.import_module(module)
     ranks = {}
@@ -98,7 +183,8 @@ def main() -> None:
         if status != 0:
             with open(folder / f"log-{rank}.txt", "a") as log:
                 log.write(f"\nrank {rank} ended with {os.waitstatus_to_exitcode(status)}\n")
-            sys.exit(1)  # the others are killed with the session
+            return 1  # the others are killed with the session
+    return 0
 
 
 def _run(function: Any, folder: Path, rank: int) -> None:
