@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import xtuner_hf
-from xtuner_hf.device import data_sheet_flops, device_name, kind_of, measured_matmul_flops
+from xtuner_hf.device import data_sheet_flops, device_name, kind_of, measured_matmul_flops, with_index
 
 PACKAGE = Path(xtuner_hf.__file__).parent
 DEVICE_NAME = re.compile(r"\b(cuda|npu|xpu|mps|hccl|nccl|gloo)\b")
@@ -84,3 +84,11 @@ def test_measuring_the_matrix_rate_draws_no_random_numbers_of_the_run():
     before = torch.get_rng_state()
     assert measured_matmul_flops(torch.device("cpu"), repeats=1) > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_device_without_a_number_is_the_present_one(monkeypatch):
+    """Layer inputs on cuda:0 were not offloaded by a store for `cuda`, which is another device to torch."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert with_index(torch.device("cuda")) == torch.device("cuda:3")
+    assert with_index(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert with_index(torch.device("cpu")) == torch.device("cpu")

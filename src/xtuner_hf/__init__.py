@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .models.deepseek_v3.modeling import DeepseekV3ForCausalLM
     from .models.glm4_moe.modeling import Glm4MoeForCausalLM
     from .models.gpt_oss.modeling import GptOssForCausalLM
+    from .models.interns1.modeling import InternS1ForConditionalGeneration
+    from .models.internvl.modeling import InternVLForConditionalGeneration
     from .models.qwen3.modeling import Qwen3ForCausalLM
     from .models.qwen3_moe.modeling import Qwen3MoeForCausalLM
     from .parallel.layout import ParallelLayout

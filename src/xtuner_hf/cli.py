@@ -199,3 +199,7 @@ def convert_checkpoint(
     )
     if rank == 0:
         print(f"{out}: the model of {checkpoint}")
+
+
+if __name__ == "__main__":
+    main()

@@ -158,6 +158,13 @@ def data_sheet_flops(name: str) -> float | None:
     return DATA_SHEET_BF16_FLOPS[max(known, key=len)] if known else None
 
 
+def with_index(device: torch.device) -> torch.device:
+    """The device by its number: `cuda` is the present one, and not equal to the `cuda:0` that its tensors are on."""
+    if device.index is not None or is_host(device):
+        return device
+    return torch.device(device.type, torch.get_device_module(device).current_device())
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on the device; a CPU has none queued."""
     if not is_host(device):
@@ -171,7 +178,7 @@ class CopyStream:
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device = with_index(device)
         self._module: Any = torch.get_device_module(device)
         self._stream: Any = None if kind(device) == "cpu" else self._module.Stream(device=device)
 

@@ -117,3 +117,22 @@ def test_a_window_is_passed_on_as_keys_to_the_left(monkeypatch):
     for window in (None, 4):
         kernels._torch_varlen(*inputs(), DOCUMENTS, scaling=1.0, window=window, sinks_N=None, dropout=0.0)
     assert seen == [(-1, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_torch_is_told_of_grouped_heads_where_it_asks(monkeypatch, asks):
+    """torch 2.11's interface has no such argument: every attention on CUDA failed with a TypeError."""
+    seen = []
+
+    def of_2_11(query, *_, scale, window_size):
+        return torch.zeros_like(query)
+
+    def of_2_13(query, *_, scale, window_size, enable_gqa=False):
+        seen.append(enable_gqa)
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(kernels, "varlen_attn", of_2_13 if asks else of_2_11)
+    q, k, v = inputs()
+    for keys, values in ((k, v), (q, q)):
+        kernels._torch_varlen(q, keys, values, DOCUMENTS, scaling=1.0, window=None, sinks_N=None, dropout=0.0)
+    assert seen == ([True, False] if asks else [])

@@ -15,8 +15,10 @@ head.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -79,10 +81,17 @@ def _torch_varlen(q_TNK, k_TMK, v_TMV, documents: Documents, *, scaling, window,
     ends, longest = documents.cu_seqlens, documents.max_length
     # How many keys to the left, the own one not among them.
     sizes = (-1 if window is None else window - 1, 0)
-    grouped = q_TNK.shape[1] != k_TMK.shape[1]
+    is_grouped = q_TNK.shape[1] != k_TMK.shape[1]
+    grouped: dict[str, Any] = {"enable_gqa": True} if is_grouped and _asks_for_groups(varlen_attn) else {}
     return varlen_attn(  # type: ignore[return-value]  # with further outputs only if asked for
-        q_TNK, k_TMK, v_TMV, ends, ends, longest, longest, scale=scaling, window_size=sizes, enable_gqa=grouped
+        q_TNK, k_TMK, v_TMV, ends, ends, longest, longest, scale=scaling, window_size=sizes, **grouped
     )
+
+
+@functools.cache
+def _asks_for_groups(varlen: Callable) -> bool:
+    """Whether it wants to be told of fewer key and value heads; torch 2.11's takes them as they come."""
+    return "enable_gqa" in inspect.signature(varlen).parameters
 
 
 @with_equal_heads

@@ -219,11 +219,13 @@ def cast_weights(
 
 
 @contextlib.contextmanager
-def fail_together(sharded: bool) -> Iterator[None]:
+def fail_together(sharded: bool, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Raise on every rank what is raised on one, so that none is left waiting in a collective.
 
     Args:
         sharded: whether all ranks are in here; otherwise nothing is done.
+        group: of all ranks; a gloo group where one of them may be busy for long, which NCCL's time-out would end. The
+            default one if None.
     """
     problem: Exception | None = None
     try:
@@ -232,7 +234,8 @@ def fail_together(sharded: bool) -> Iterator[None]:
         problem = error
     if sharded and dist.is_available() and dist.is_initialized():
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, problem and (isinstance(problem, IncompleteCheckpointError), str(problem)))
+        said = problem and (isinstance(problem, IncompleteCheckpointError), str(problem))
+        dist.all_gather_object(found, said, group=group)
         elsewhere = [(rank, *what) for rank, what in enumerate(found) if what]
         if problem is None and elsewhere:
             rank, is_incomplete, message = elsewhere[0]

@@ -68,12 +68,3 @@ class LoadMetrics:
         if self.sequence_loss is not None:
             logs["router/sequence_loss"] = self.sequence_loss
         return logs
-
-    def by_layer(self) -> dict[str, list[float]]:
-        """The same figures layer by layer."""
-        return {
-            "max_vio": self.max_vio_L.tolist(),
-            "cv": self.cv_L.tolist(),
-            "dead_experts": self.dead_experts_L.tolist(),
-            "entropy": self.entropy_L.tolist(),
-        }

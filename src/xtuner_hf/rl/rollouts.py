@@ -51,10 +51,11 @@ class EngineRollouts:
         self._sampled = 0
         self._turns: list[tuple[list[int], torch.Tensor]] = []  # tokens so far, and their routes
         self._failure: Exception | None = None
+        self._host_group: Any = None
 
     def begin(self, trainer: Any) -> None:
         """Collective."""
-        self._turns, self._failure = [], None
+        self._turns, self._failure, self._host_group = [], None, trainer.host_group
         if self.sync and trainer.state.global_step != self._synced_step:
             self._send_weights(trainer)
 
@@ -77,7 +78,7 @@ class EngineRollouts:
 
     def finish(self) -> None:
         """Collective: raises what failed in a turn, on any rank."""
-        with fail_together(sharded=dist.is_initialized()):
+        with fail_together(sharded=dist.is_initialized(), group=self._host_group):
             if self._failure is not None:
                 raise self._failure
 

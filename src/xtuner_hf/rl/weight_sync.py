@@ -146,14 +146,14 @@ class WeightSync:
 
     def _together(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call the engine from the rank(s) that drive one; raise on all ranks what is raised on one."""
-        with fail_together(sharded=self.group is not None):
+        with fail_together(sharded=self.group is not None, group=self.group):
             return call(*arguments) if self._drives else None
 
     # ---- sending ----
 
     def _send(self, model: Any, version: str, only: Callable[[str], bool] = lambda name: True) -> int:
         """Bytes of all tensors that were sent; those whose Hub name is chosen."""
-        with fail_together(sharded=self.group is not None):
+        with fail_together(sharded=self.group is not None, group=self.group):
             if self.rank == 0:
                 self._make_folder()
         self._together(self.engine.begin_update)
