@@ -216,12 +216,16 @@ def measure_head(case: str, tokens: int, device: torch.device) -> dict:
     }
 
 
+def allocator_threshold(kind: str) -> int:
+    """Bytes above which the C allocator gives freed blocks back at once; below, holes in the heap would count. Tiles of
+    the head come and go thousands of times and stay below it."""
+    return 1 << 24 if kind == "head" else 1 << 18
+
+
 def run_case(kind: str, shape: str, case: str, tokens: int, device: str) -> dict:
     """Measure in a process of its own; an error (out of memory, say) is a result too."""
     command = [sys.executable, __file__, "--case", json.dumps([kind, shape, case, tokens, device])]
-    # Above the threshold freed blocks go back at once; below, holes in the heap would count. Tiles of the head come and
-    # go thousands of times and stay below it.
-    threshold = str(1 << 24 if kind == "head" else 1 << 18)
+    threshold = str(allocator_threshold(kind))
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": threshold, "MALLOC_TRIM_THRESHOLD_": threshold}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     row = {"kind": kind, "shape": shape, "case": case, "tokens": tokens}
