@@ -52,6 +52,7 @@ def run_on_ranks(
             code = job.wait(timeout)
         except BaseException:
             _kill(pid)
+            job.wait(None)  # the next one would take its answer for its own
             raise
         if code is None:
             _kill(pid)
@@ -94,8 +95,12 @@ class _NurseryJob:
             command = [sys.executable, "-m", "tests.ranks", str(theirs.fileno())]
             subprocess.Popen(command, cwd=REPO, env=_environment(1), pass_fds=[theirs.fileno()], start_new_session=True)
             theirs.close()
-        self._connection.send((function, folder, world_size, _environment(world_size)))
-        return self._connection.recv()
+        try:
+            self._connection.send((function, folder, world_size, _environment(world_size)))
+            return self._connection.recv()
+        except BaseException:  # what it would answer now, the next job would take for its own
+            _NurseryJob._connection = None
+            raise
 
     def wait(self, timeout: float | None) -> int | None:
         return self._connection.recv() if self._connection.poll(timeout) else None

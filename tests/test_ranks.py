@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +40,11 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")  # of a process that nobody has asked after yet: Z
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
 def test_every_job_begins_as_the_first_one():
     first, second = (run_on_ranks("tests.test_ranks:leave_traces", 2) for _ in range(2))
     assert first[0][0] != second[0][0], "jobs of their own"
@@ -51,9 +59,17 @@ def test_what_fails_or_hangs_is_told_and_ends():
         run_on_ranks("tests.test_ranks:hang", 1, timeout=1)
     pid = int(str(caught.value).split()[-1])
     deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+    while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not is_alive(pid)
+    assert [rank[2] for rank in run_on_ranks("tests.test_ranks:leave_traces", 1)] == [1]
+
+
+def test_an_interrupted_job_leaves_no_answer_for_the_next():
+    run_on_ranks("tests.test_ranks:leave_traces", 1)  # there is a nursery
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_on_ranks("tests.test_ranks:hang", 1)
     assert [rank[2] for rank in run_on_ranks("tests.test_ranks:leave_traces", 1)] == [1]
 
 
