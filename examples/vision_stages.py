@@ -80,10 +80,13 @@ def main() -> None:
         print("\n".join(f"{stage:15} {settings}" for stage, settings in STAGES.items()))
         return
     given = sys.argv[1:]
+    parser = HfArgumentParser((ScriptArguments, MoESFTConfig))
+    if {"-h", "--help"} & set(given):
+        parser.print_help()
+        return
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--stage", choices=STAGES, required=True)
     stage = first.parse_known_args(given)[0].stage
-    parser = HfArgumentParser((ScriptArguments, MoESFTConfig))
     script, args = parser.parse_args_into_dataclasses(stage_arguments(stage, given) + given)
     set_seed(args.seed)
     trainer = MoESFTTrainer(

@@ -106,3 +106,10 @@ def test_every_stage_can_be_asked_for(example, tmp_path):
     stages = example("vision_stages")
     for settings in stages.STAGES.values():
         MoESFTConfig(output_dir=str(tmp_path), use_cpu=True, **stages.COMMON, **settings)
+
+
+def test_help_of_the_stages_asks_for_none(example, monkeypatch, capsys):
+    stages = example("vision_stages")
+    monkeypatch.setattr(sys, "argv", ["vision_stages.py", "--help"])
+    stages.main()
+    assert "--stage STAGE" in capsys.readouterr().out
