@@ -1,12 +1,13 @@
-"""What the host reads back from the device and waits for: the only places where the shapes of training depend on data.
+"""What the host reads back from the device and waits for: where the shapes of training depend on data.
 
     lengths of documents     once a micro-batch      attention/documents.py
     rows with a label        once a micro-batch      memory/logprobs.py
     tokens that are real     once a padded forward   memory/unpadded.py
     rows between EP ranks    once a layer, early     moe/ep_dispatcher.py
 
-Everything else is queued without waiting. A dry run has no data to read: it answers in the device's place
-(`answered_by`), and from then on runs the same code.
+Besides, and in no dry run: documents that are found by positions or a mask (attention/documents.py), and where image
+tokens stand (models/internvl/images.py). Everything else is queued without waiting. A dry run has no data to read: it
+answers in the device's place (`answered_by`), and from then on runs the same code.
 """
 
 from __future__ import annotations
