@@ -10,6 +10,7 @@ import torch
 
 from tests.tiny import build, moe_config
 from xtuner_hf import MoETrainingArguments, Qwen3MoeForCausalLM
+from xtuner_hf.plan.devices import PlanError
 from xtuner_hf.trainers import planning
 
 
@@ -76,3 +77,11 @@ def test_shapes_of_rows_with_padding(on_h100, run):
     job = planning.job_of_run(model, args, [batch])
     assert (job.seq_len, job.micro_batch, job.documents) == (40, 4, [40] * 4)
     assert replace(job, micro_batch=1).documents == [40]
+
+
+def test_gradients_that_stay_whole_are_not_planned(on_h100, run):
+    model, args, batches = run
+    args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": False}
+    with pytest.raises(PlanError, match="sync_each_batch"):
+        planning.job_of_run(model, args, batches)
+    assert planning.job_of_run(model, args, batches[:1]).accumulation == 1

@@ -1,7 +1,8 @@
 """The training step that is observed: what the trainers do between two logs, made of the same pieces.
 
-`TrainingStep` neither knows nor cares whether tensors are fake. trainers/mixin.py is the original; no test holds both
-against each other yet.
+`TrainingStep` neither knows nor cares whether tensors are fake. trainers/mixin.py and the loop of transformers are the
+original; tests/plan/test_trainer_step.py holds both against each other, operator by operator, and names what is left
+out: bookkeeping on numbers of a few bytes, and the head of `MoESFTTrainer`, which is TRL's (here it is `MoETrainer`'s).
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ class TrainingStep:
 
     def _make_optimizer(self) -> Any:
         args = self.job.optimizer_arguments
-        by_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
-        for parameter in self.model.parameters():
+        groups: dict[Any, list[nn.Parameter]] = defaultdict(list)  # one kernel steps those of a mesh that decay
+        for parameter in sorted(self.model.parameters(), key=lambda parameter: parameter.ndim < 2):
             if parameter.requires_grad:
-                by_mesh[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
-        groups = [{"params": parameters} for parameters in by_mesh.values()]
+                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+                groups[parameter.ndim < 2, mesh].append(parameter)
         chosen: Any = optimizer_class(torch.optim.AdamW, args)
-        optimizer = chosen(groups, lr=1e-5, fused=True)
+        optimizer = chosen([{"params": group} for group in groups.values()], lr=1e-5, fused=True)
         finish_optimizer(optimizer, args, self.model)
         return optimizer
 
@@ -96,30 +97,31 @@ class TrainingStep:
         counted = job.accumulation > 1 and bool(balance.config.aux_loss_coef)
         if counted:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
-            with phase(FORWARD), torch.no_grad(), balance.recording(), self._autocast():
-                for _ in range(job.accumulation):
-                    self._shared(**inputs, use_cache=False, logits_to_keep=1)
-            balance.reduce()
-        for micro_batch in range(job.accumulation):
-            with phase(FORWARD), contextlib.nullcontext() if counted else balance.recording():
-                loss = self._forward(batch, num_tokens)
-            if balance.config.aux_loss_coef and not counted:
+            with phase(FORWARD):
+                with torch.no_grad(), balance.recording():
+                    for _ in range(job.accumulation):
+                        self._call(inputs, logits_to_keep=1)
                 balance.reduce()
+        for micro_batch in range(job.accumulation):
+            with phase(FORWARD):
+                with contextlib.nullcontext() if counted else balance.recording():
+                    loss = self._call(batch, chunked_loss=True, num_items_in_batch=num_tokens).loss
+                if balance.config.aux_loss_coef and not counted:
+                    balance.reduce()
+            if job.layout.dp_replicate_size > 1:  # copies sum up once, shards of a copy after each micro-batch
+                self.model.set_requires_all_reduce(micro_batch == job.accumulation - 1)
             with phase(BACKWARD):
                 balance.watch(loss).backward()
             del loss
-            if micro_batch == job.accumulation - 1 and not balance.config.aux_loss_coef:
-                balance.reduce()
         with phase(OPTIMIZER_STEP):
+            if not balance.config.aux_loss_coef:
+                balance.reduce()
             self._step_optimizer()
 
-    def _forward(self, batch: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:
-        with self._autocast():
-            return self._shared(**batch, chunked_loss=True, use_cache=False, num_items_in_batch=num_items).loss
-
-    def _autocast(self) -> AbstractContextManager:
-        """As accelerate puts it around a model's forward for `bf16=True`, sharded or not."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.bf16)
+    def _call(self, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+        # As accelerate does around a model's forward for `bf16=True`, sharded or not.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.bf16):
+            return self._shared(**inputs, **options, use_cache=False)
 
     def _step_optimizer(self) -> None:
         if self._in_backward is not None:

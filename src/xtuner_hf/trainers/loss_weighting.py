@@ -55,7 +55,9 @@ class LossWeightingMixin(_Base):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         if self.args.loss_weighting == "token" or not batch_samples:
-            return super()._get_num_items_in_batch(batch_samples, device)
+            number = super()._get_num_items_in_batch(batch_samples, device)
+            # A whole number, divided. FSDP casts what is no integer among a model's inputs to bf16, which has 8 bits.
+            return number.long() if isinstance(number, torch.Tensor) else number
         total = torch.stack([sqrt_weights(batch).sum() for batch in batch_samples]).sum().to(device)
         return self.sum_over_batches(total)  # type: ignore[attr-defined]  # of SequenceParallelMixin
 

@@ -15,6 +15,7 @@ from ..parallel.adapters import base_model, is_adapted
 from ..plan.devices import PlanError, device_names, find_device
 from ..plan.job import Job
 from ..plan.planning import Plan
+from .setup import reduces_each_micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,12 @@ def job_of_run(model: Any, args: Any, batches: list[dict]) -> Job:
     """What the planner has to know of a trainer.
 
     Raises:
-        PlanError: for a device that its table does not have, or adapters.
+        PlanError: for a device that its table does not have, for adapters, and for gradients that stay whole.
     """
     if is_adapted(model):
         raise PlanError("adapters are not simulated.")
+    if len(batches) > 1 and args.dp_replicate_size == 1 and not reduces_each_micro_batch(args):
+        raise PlanError("gradients that stay whole until the last micro-batch (sync_each_batch) are not simulated.")
     name = device_name(args.device)
     key = next((key for key in sorted(device_names(), key=len, reverse=True) if key.upper() in name), None)
     if key is None:

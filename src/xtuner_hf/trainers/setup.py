@@ -56,6 +56,20 @@ def shards_with_accelerate(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or launched_with_fsdp()
 
 
+def reduces_each_micro_batch(args: Any) -> bool:
+    """Whether gradients are reduced into shards after each micro-batch of an optimizer step.
+
+    Accelerate and transformers wait for the last one by default, which saves reductions and keeps the gradient of
+    *every* parameter whole on every rank: 940 GB for Qwen3-235B. With copies (HSDP), transformers lets nothing but the
+    sum over them wait. What `gradient_accumulation_kwargs` of the accelerator's config says counts.
+
+    Args:
+        args: of one of our trainers.
+    """
+    asked = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch")
+    return args.dp_replicate_size == 1 or shards_with_accelerate(args) if asked is None else asked
+
+
 def check_accelerate_door(model: Any) -> None:
     """What must be known before the model is read."""
     if is_sharded(model):

@@ -16,7 +16,7 @@ from ..parallel.grad_norm import clip_grad_norm
 from ..parallel.plugin import MoEParallelPlugin
 from ..parallel.prefetch import set_prefetch
 from ..parallel.shard import sum_gradients
-from .setup import shards_with_accelerate
+from .setup import reduces_each_micro_batch, shards_with_accelerate
 
 # A mixin: the trainer that it stands in front of is its base for the type checker alone.
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ShardingMixin(_Base):
     A model that transformers sharded while loading it passes through untouched. With an FSDP launch config, Accelerate
     shards it, after the experts have been:
 
-        _build_accelerator_args              our plugin in place of Accelerate's
+        _build_accelerator_args              our plugin in place of Accelerate's; when gradients are reduced
         create_accelerator_and_postprocess   on CPU processes: FSDP for real
         _prepare_for_training                experts first, then the optimizer, then Accelerate's FSDP2 around the rest
 
@@ -43,6 +43,7 @@ class ShardingMixin(_Base):
     _parallel_plugin: MoEParallelPlugin | None = None
 
     def _build_accelerator_args(self, **kwargs):
+        kwargs["gradient_accumulation_plugin"].sync_each_batch = reduces_each_micro_batch(self.args)
         if shards_with_accelerate(self.args):
             self._parallel_plugin = kwargs["fsdp_plugin"] = MoEParallelPlugin(
                 layout=self.args.parallel_layout,
