@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
-from xtuner_hf.bench import arguments
+from xtuner_hf.bench import arguments, rates
 from xtuner_hf.bench.run import VARIANTS, Case, _documents, measure
 from xtuner_hf.bench.shapes import SHAPES
 from xtuner_hf.cli import main
 from xtuner_hf.models.auto import AutoModelForCausalLM
+from xtuner_hf.plan.costs import Costs
+from xtuner_hf.plan.devices import PlanError, find_device
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,34 @@ def test_table_plot_and_efficiencies(every_shape):
     names = {"dense_matmul", "grouped_matmul", "attention_forward", "attention_backward"}
     assert set(measured["efficiencies"]) == names
     assert all(value > 0 for value in measured["efficiencies"].values())
+
+
+def test_the_planner_takes_what_was_measured(every_shape, tmp_path):
+    """Parts of the rate that was measured become parts of the data sheet's; those of another device are refused."""
+    file = every_shape / "efficiencies.json"
+    with pytest.raises(PlanError, match="measured on 'cpu', which is not what 'h100' means"):
+        find_device("h100", file)
+    measured = json.loads(file.read_text())
+    on_h100 = tmp_path / "efficiencies.json"
+    on_h100.write_text(json.dumps(measured | {"device": "NVIDIA H100 80GB HBM3"}))
+    taken = find_device("h100", on_h100).efficiencies
+    for name, part in measured["efficiencies"].items():
+        assert taken[name] * 989e12 == pytest.approx(part * measured["flops_per_second"])
+    with pytest.raises(PlanError, match="H100 80GB HBM3', which is not what 'h200' means"):
+        find_device("h200", on_h100)
+
+
+def test_attention_is_measured_in_the_planners_flops(monkeypatch):
+    """Backward as 5 products of queries and keys, forward as 2: the planner divides its FLOPs by these rates."""
+    seconds = iter((1.0, 4.0))  # forward, forward and backward
+    monkeypatch.setattr(rates, "seconds_of", lambda function, device: next(seconds))
+    config = SHAPES["qwen3-30b-a3b"].made_tiny().config()
+    found = rates._attention(config, 64, 32, CPU, torch.float32)
+    q, k, v = (torch.empty(64, config.num_attention_heads, config.head_dim) for _ in range(3))
+    costs = Costs(find_device("h100"), [32, 32])
+    forward, _ = costs.flops("_varlen_attn", (q, k, v), {})
+    backward, _ = costs.flops("_varlen_attn_backward", (None, q, k, v), {})
+    assert found == {"attention_forward": forward / 1.0, "attention_backward": backward / 3.0}
 
 
 def test_every_variant_runs_and_one_that_cannot_does_not_end_the_run(tmp_path):

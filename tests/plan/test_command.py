@@ -10,7 +10,7 @@ from tests.families import ALL_FAMILIES
 from tests.models import published
 from xtuner_hf.cli import main
 from xtuner_hf.models.manifest import meta_model
-from xtuner_hf.plan.devices import device_names, find_device
+from xtuner_hf.plan.devices import device_key, device_names, find_device
 from xtuner_hf.plan.models import find_config, model_names
 
 
@@ -87,7 +87,9 @@ def test_a_family_that_is_not_here(tmp_path):
 @pytest.mark.parametrize("device", device_names())
 def test_the_table_of_devices(device):
     found = find_device(device)
-    assert found.sources
+    figures = {name for name, value in vars(found).items() if isinstance(value, float | int)} | {"efficiencies"}
+    assert figures == set(found.sources), "each figure has its source, and no other"
+    assert [device_key(f"NVIDIA {part} 80GB") for part in found.reported_as] == [device] * len(found.reported_as)
     assert found.memory_gib > found.outside_gib
     assert all(0 < value <= 1 for value in found.efficiencies.values())
 
@@ -105,7 +107,8 @@ def test_measured_efficiencies(tmp_path):
     file.write_text(json.dumps({"device": "h100", "efficiencies": {"dense_matmul": 0.5}}))
     assert find_device("h100", file).efficiencies["dense_matmul"] == 0.5
     assert find_device("h100", file).efficiencies["memory"] == find_device("h100").efficiencies["memory"]
-    for content in ("{}", '{"efficiencies": {"typing": 0.5}}', '{"efficiencies": {"memory": 7}}'):
+    refused = ("{}", '{"efficiencies": {"typing": 0.5}}', '{"efficiencies": {"memory": 7}}', "[]")
+    for content in (*refused, '{"device": "a100", "efficiencies": {}}'):
         file.write_text(content)
         with pytest.raises(ValueError, match=str(file)):
             find_device("h100", file)

@@ -92,6 +92,7 @@ def _attention(config: Any, tokens: int, length: int, device: torch.device, dtyp
 
     forward_seconds = seconds_of(forward, device)
     backward_seconds = max(seconds_of(both, device) - forward_seconds, 1e-9)
-    # Queries times keys and probabilities times values, over half of the square.
-    work = 2 * 2 * heads * size * tokens * length / 2
-    return {"attention_forward": work / forward_seconds, "attention_backward": 2 * work / backward_seconds}
+    # Queries times keys and probabilities times values, over half of the square; five such products in backward, the
+    # scores once more among them (plan/costs.py counts the same).
+    product = 2 * heads * size * tokens * length / 2
+    return {"attention_forward": 2 * product / forward_seconds, "attention_backward": 5 * product / backward_seconds}

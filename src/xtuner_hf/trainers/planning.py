@@ -12,7 +12,7 @@ import torch
 
 from ..device import device_name
 from ..parallel.adapters import base_model, is_adapted
-from ..plan.devices import PlanError, device_names, find_device
+from ..plan.devices import PlanError, device_key, device_names, find_device
 from ..plan.job import Job
 from ..plan.planning import Plan
 from .setup import reduces_each_micro_batch
@@ -77,7 +77,7 @@ def job_of_run(model: Any, args: Any, batches: list[dict]) -> Job:
     if len(batches) > 1 and args.dp_replicate_size == 1 and not reduces_each_micro_batch(args):
         raise PlanError("gradients that stay whole until the last micro-batch (sync_each_batch) are not simulated.")
     name = device_name(args.device)
-    key = next((key for key in sorted(device_names(), key=len, reverse=True) if key.upper() in name), None)
+    key = device_key(name)
     if key is None:
         raise PlanError(f"the device {name!r} is not in the planner's table; it has: {', '.join(device_names())}.")
     tokens = batches[0]["input_ids"]
