@@ -55,7 +55,7 @@ def sequence(observed: Observed, *, with_head: bool = True) -> list[tuple[str, .
     return [
         (operator.phase, operator.name, *operator.tensors)
         for operator in observed.operators
-        if operator.phase != "setup" and operator.tensors and (with_head or not operator.in_head)
+        if operator.phase != "setup" and not operator.is_bookkeeping and (with_head or not operator.in_head)
     ]
 
 
@@ -157,7 +157,7 @@ def test_bookkeeping_is_a_few_numbers(ranks, name, kind, observed):
     """Scales of the loss, checks for NaN, what is logged; of these, what the host waits for."""
     job = make_case(ranks, name)
     planned, trained = (
-        [each for each in run.operators if not each.tensors]
+        [operator for operator in run.operators if operator.is_bookkeeping]
         for run in (observed[ranks][name]["planner"], observed[ranks][name][kind])
     )
     assert len(trained) - len(planned) <= 40 + 60 * job.accumulation
