@@ -21,7 +21,7 @@ from .extrapolate import full_depth, shallow_depths
 from .job import Job
 from .models import find_config
 
-# Step times of published runs lie within this factor of predicted ones (docs/planner.md).
+# How far a step's time may be off: of the published runs of docs/planner.md, one of other software is further.
 TIME_FACTOR = 1.5
 UNBALANCED_LOAD = 2.0
 
