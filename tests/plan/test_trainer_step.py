@@ -129,7 +129,8 @@ def test_the_same_bytes(ranks, name, kind, observed):
         fetched = 2 * job.accumulation * batch + 16 * BLOCK
         assert 0 <= more.pop(memory.INPUTS) <= fetched
         if kind == "MoESFTTrainer" and region in ("forward", "backward"):
-            tile = (job.seq_len - 1) * 32768 * 2  # of TRL, bf16
+            # TRL's tile, and what it computes of it step by step on a CPU.
+            tile = (job.seq_len - 1) * (32768 * 2 + 5 * job.config.vocab_size * 4)
             assert sum(more.values()) <= tile + 8 * BLOCK
         else:
             assert all(abs(size) <= 8 * BLOCK for size in more.values()), more
