@@ -191,14 +191,16 @@ def test_two_processes_that_share_sequences(whole):
     shared = {"batch": 4, "accumulation": 2, "sp_size": 2}
     evaluated = {"engine": {}, "evaluate": True, "per_device_eval_batch_size": 8, "steps": 1}
     plain = {"engine": {}, "beta": 0.1, "max_grad_norm": 0.5}
+    adapted = EVERYTHING | {"peft_config": expert_lora(), "beta": 0.1, "optim": "sgd", "learning_rate": 0.1}
     runs = [
         EVERYTHING | shared | {"gradient_checkpointing": True},
         R2 | shared,
         evaluated | shared,
         plain | shared,
+        adapted | shared,
         {"engine": None, "batch": 4, "sp_size": 2, "steps": 1},
     ]
-    expected = [whole, train(**R2), train(**evaluated), train(**plain)]
+    expected = [whole, train(**R2), train(**evaluated), train(**plain), train(**adapted)]
     results = run_on_ranks("tests.trainers.rl_scenario:train_all", 2, runs=runs)
     for found in results:
         for run, reference in zip(found, expected, strict=False):

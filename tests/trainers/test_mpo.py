@@ -69,10 +69,10 @@ def test_two_processes(whole):
     runs = [{"kind": "MoEMPOTrainer", "steps": 3} | KERNEL | split for split in splits]
     adapted = KERNEL | {"kind": "MoEMPOTrainer", "ref_model": None, "peft_config": expert_lora()}
     adapted |= {"optim": "sgd", "learning_rate": 0.1}
-    runs.append(adapted | splits[1])
-    whole_adapted = train(**adapted)
-    for *results, with_adapters in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=runs):
-        for run, expected in [*((run, whole) for run in results), (with_adapters, whole_adapted)]:
+    runs += [adapted | splits[1], adapted | splits[2]]
+    expectations = [whole] * len(splits) + [train(**adapted)] * 2
+    for results in run_on_ranks("tests.trainers.preference_scenario:train_all", 2, runs=runs):
+        for run, expected in zip(results, expectations, strict=True):
             assert run["shifts"] == pytest.approx(expected["shifts"], rel=TOLERANCE, abs=1e-6)
             assert_same_run(run, expected)
 

@@ -9,7 +9,7 @@ dynamic sampling                  _sample: rounds of sampling until the batch is
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import IterableDataset
@@ -17,6 +17,7 @@ from datasets import IterableDataset
 from ..rl.dynamic_sampling import Rollouts, informative_groups, leave_out, more_prompts, select_rows
 from ..rl.overlong import soft_overlong_penalty
 from .grpo import MoEGRPOTrainer, loss_mask
+from .grpo_config import MoEDAPOConfig, MoEGRPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class MoEDAPOTrainer(MoEGRPOTrainer):
     batch that trains).
     """
 
+    config_class: ClassVar[type[MoEGRPOConfig]] = MoEDAPOConfig
     # TRL declares some of them narrower than what it puts there itself, or optional.
     num_generations: int
     max_completion_length: int

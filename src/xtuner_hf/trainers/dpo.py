@@ -17,7 +17,7 @@ from trl import DPOTrainer
 from .._compat import DataCollatorForVisionPreference
 from ..data.preference import VisionPreferenceCollator
 from .preference_config import MoEDPOConfig
-from .trl import ByKeyword, UnpaddedMixin, given_or_own_reference, named_arguments
+from .trl import ByKeyword, UnpaddedMixin, given_or_default_args, given_or_own_reference, named_arguments
 
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
@@ -33,10 +33,12 @@ class MoEDPOTrainer(UnpaddedMixin, ByKeyword, DPOTrainer):
     loss_is_scaled_for_ga = True  # by `_compute_loss`, over the whole step
     # Loss types that are computed here and not by TRL.
     own_losses: ClassVar[tuple[str, ...]] = ("sft",)
+    config_class: ClassVar[type[MoEDPOConfig]] = MoEDPOConfig
 
     def __init__(self, *positional: Any, **keywords: Any):
         arguments = named_arguments(DPOTrainer, positional, keywords)
-        model, args = arguments.pop("model"), arguments.pop("args", None)
+        model = arguments.pop("model")
+        args = given_or_default_args(arguments.pop("args", None), self.config_class, model)
         if isinstance(args, MoEDPOConfig):
             arguments["ref_model"] = given_or_own_reference(model, args, arguments)
         super().__init__(model, args, **arguments)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,7 +32,14 @@ from ..rl.mismatch import log_ratios, mismatch_metrics
 from ..rl.rewards import with_deadline
 from ..rl.rollouts import EngineRollouts
 from .grpo_config import MoEGRPOConfig
-from .trl import ByKeyword, UnpaddedMixin, has_adapters, named_arguments, reference_model
+from .trl import (
+    ByKeyword,
+    UnpaddedMixin,
+    given_or_default_args,
+    has_adapters,
+    named_arguments,
+    reference_model,
+)
 
 # What TRL's log-probabilities take of rollouts with images.
 _IMAGE_KEYS = (
@@ -48,9 +55,13 @@ class MoEGRPOTrainer(UnpaddedMixin, ByKeyword, GRPOTrainer):
     copy of the policy as it is given.
     """
 
+    config_class: ClassVar[type[MoEGRPOConfig]] = MoEGRPOConfig
+    processing_options: ClassVar[dict[str, Any]] = {"truncation_side": "left", "padding_side": "left"}
+
     def __init__(self, *positional: Any, **keywords: Any):
         arguments = named_arguments(GRPOTrainer, positional, keywords)
-        model, args = arguments.pop("model"), arguments.pop("args", None)
+        model = arguments.pop("model")
+        args = given_or_default_args(arguments.pop("args", None), self.config_class, model)
         reference = None
         if isinstance(args, MoEGRPOConfig) and args.beta and not has_adapters(model, arguments):
             if args.cast_lm_head_to_fp32:

@@ -9,7 +9,7 @@ import torch
 from trl import KTOConfig, KTOTrainer
 
 from .arguments import MoEArguments
-from .trl import ByKeyword, UnpaddedMixin, given_or_own_reference, named_arguments
+from .trl import ByKeyword, UnpaddedMixin, given_or_default_args, given_or_own_reference, named_arguments
 
 _NOT_FOR_THE_MODEL = ("completion_mask", "label", "ref_logps", "ref_KL_logps")
 
@@ -34,7 +34,8 @@ class MoEKTOTrainer(UnpaddedMixin, ByKeyword, KTOTrainer):
 
     def __init__(self, *positional: Any, **keywords: Any):
         arguments = named_arguments(KTOTrainer, positional, keywords)
-        model, args = arguments.pop("model"), arguments.pop("args", None)
+        model = arguments.pop("model")
+        args = given_or_default_args(arguments.pop("args", None), MoEKTOConfig, model)
         if isinstance(args, MoEKTOConfig):
             arguments["ref_model"] = given_or_own_reference(model, args, arguments)
         self._policy_kl_logps: torch.Tensor | None = None

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .dpo import MoEDPOTrainer, PairCounts
+from .preference_config import MoEDPOConfig, MoEMPOConfig
 
 
 class RewardShift(TrainerCallback, ExportableState):
@@ -51,6 +52,7 @@ class MoEMPOTrainer(MoEDPOTrainer):
     """
 
     own_losses: ClassVar[tuple[str, ...]] = ("sft", "bco_pair")
+    config_class: ClassVar[type[MoEDPOConfig]] = MoEMPOConfig
 
     def __init__(self, *positional: Any, **keywords: Any):
         super().__init__(*positional, **keywords)

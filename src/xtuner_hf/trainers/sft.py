@@ -25,7 +25,7 @@ from ..models.auto import IMAGE_TEXT_CLASSES, read_config
 from ..parallel.adapters import base_model
 from .arguments import MoESFTConfig
 from .setup import check_dataset
-from .trl import TRLTrainerMixin
+from .trl import TRLTrainerMixin, asked_revision, given_or_default_args
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,10 @@ class MoESFTTrainer(TRLTrainerMixin, SFTTrainer):
         processing_class: Any = None,
         **keywords: Any,
     ):
+        args = given_or_default_args(args, MoESFTConfig, model)
         if isinstance(args, MoESFTConfig):
             if processing_class is None:
-                processing_class = _load_processing_class(model)
+                processing_class = _load_processing_class(model, args)
             _check_first_row(train_dataset, args, processing_class)
             if isinstance(processing_class, ProcessorMixin):
                 _check_with_processor(args, keywords)
@@ -209,12 +210,14 @@ def _check_with_processor(args: MoESFTConfig, keywords: dict[str, Any]) -> None:
         )
 
 
-def _load_processing_class(model: Any) -> Any:
+def _load_processing_class(model: Any, args: MoESFTConfig) -> Any:
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "name_or_path", None)
     if not name:
         raise ValueError("The model has no name to load a tokenizer by: pass one as processing_class.")
-    reads_images = read_config(name, {}).model_type in IMAGE_TEXT_CLASSES
-    return (InternVLProcessor if reads_images else AutoTokenizer).from_pretrained(name)
+    revision = asked_revision(model, args)
+    where = {"revision": revision} if revision is not None else {}
+    reads_images = read_config(name, where).model_type in IMAGE_TEXT_CLASSES
+    return (InternVLProcessor if reads_images else AutoTokenizer).from_pretrained(name, **where)
 
 
 def _check_first_row(dataset: Any, args: MoESFTConfig, tokenizer: Any) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
-from transformers import Trainer
+from transformers import AutoProcessor, Trainer
 
 from ..memory.unpadded import UnpaddedModel, scores_unpadded
 from ..parallel.adapters import is_adapted
@@ -26,9 +26,22 @@ class TRLTrainerMixin(MoETrainerMixin):
 
     aux_loss_enabled: bool
     _tp_size: int
+    # With what TRL loads the processing class of this trainer.
+    processing_options: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, *positional: Any, **keywords: Any):
-        super().__init__(*positional, **keywords)
+    def __init__(self, model: Any = None, args: Any = None, *positional: Any, **keywords: Any):
+        if keywords.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config: this package trains weights that are not quantised, and adapters on such ones "
+                "(checkpoints in FP8, INT4 and MXFP4 are dequantised as they are read). Leave it out."
+            )
+        revision = asked_revision(model, args)
+        if revision is not None and keywords.get("processing_class") is None:
+            # TRL gets a model that is loaded, and would take the tokenizer of the main branch.
+            keywords["processing_class"] = AutoProcessor.from_pretrained(
+                model, revision=revision, **self.processing_options
+            )
+        super().__init__(model, args, *positional, **keywords)
         if hasattr(self, "_tp_size"):  # ranks with the same batch, by which TRL divides the tokens it counts
             self._tp_size *= self.args.sp_size
 
@@ -55,6 +68,21 @@ class ByKeyword(_Base):
 
     def __init__(self, model: Any = None, args: Any = None, **keywords: Any):
         super().__init__(model=model, args=args, **keywords)
+
+
+def given_or_default_args(args: Any, config_class: Any, model: Any) -> Any:
+    """The training arguments, by default as TRL has them: with an output folder named after model and algorithm."""
+    if args is not None:
+        return args
+    name = model if isinstance(model, str) else model.config.name_or_path
+    algorithm = config_class.__name__.removeprefix("MoE").removesuffix("Config")
+    return config_class(f"{name.rpartition('/')[2]}-{algorithm}")
+
+
+def asked_revision(model: Any, args: Any) -> str | None:
+    """The revision of the checkpoint, of which the tokenizer is to be as well; None for a model that is loaded."""
+    options: Any = getattr(args, "model_init_kwargs", None) or {}
+    return options.get("revision") if isinstance(model, str) else None
 
 
 def named_arguments(trainer: type, positional: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
