@@ -6,8 +6,8 @@ Models are always made here: TRL's tests train a Qwen2 mostly, which is no famil
 they find a Qwen3 of the same size. All have random weights, as TRL's have, and the chat template of their family. Data
 sets are made only where the Hub cannot be reached.
 
-There are two such folders. `words` has Qwen's real tokenizer, for tests that write its ids out or count tokens. All
-others run in `bytes`, whose models have 260 tokens: nine tenths of a test's time are logits of 151,669.
+There are two such folders. `words` has Qwen's real tokenizer and few rows, for tests that write ids out or count
+tokens. All others run in `bytes`, whose models have 260 tokens: nine tenths of a test's time are logits of 151,669.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def build(folder: Path, with_datasets: bool) -> None:
     _build_models(folder / "bytes", tiny_tokenizer())
     _build_models(folder / "words", _qwen_tokenizer(folder / "tokenizer"))
     if with_datasets:
-        for name in ("bytes", "words"):
-            _build_datasets(folder / name)
+        lines = _zen()
+        _build_datasets(folder / "bytes", lines)
+        _build_datasets(folder / "words", lines[: 3 * TEST_ROWS])
 
 
 def _build_models(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -118,12 +119,11 @@ def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 # ---- data sets ----
 
 
-def _build_datasets(folder: Path) -> None:
+def _build_datasets(folder: Path, zen: list[tuple[str, str, str]]) -> None:
     """TRL's data sets by name and columns, with rows like theirs."""
-    zen = _zen()
     _save(folder, "zen", {config: [_row_as(config, *line) for line in zen] for config in ZEN_CONFIGS})
     _save(folder, "harmony", {"preference": [_harmony_row(*line) for line in zen]})
-    _save(folder, "toolcall", {"preference": [_tool_row(number) for number in range(8)]})
+    _save(folder, "toolcall", {"preference": [_tool_row(number) for number in range(len(zen))]})
     image = io.BytesIO()
     _picture().save(image, "PNG")
     rows = [_row_as("conversational_preference", *line) | {"images": [{"bytes": image.getvalue()}]} for line in zen]
