@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from transformers import (
@@ -89,6 +90,7 @@ TEST_ROWS = 2
 
 def build(folder: Path, with_datasets: bool) -> None:
     """Make the folders `bytes` and `words` in `folder`."""
+    datasets.disable_progress_bars()
     _build_models(folder / "bytes", tiny_tokenizer())
     _build_models(folder / "words", _qwen_tokenizer(folder / "tokenizer"))
     if with_datasets:

@@ -1,7 +1,8 @@
 """What our subclasses lean on in TRL 1.16: signatures, attributes and the keys of rollouts. Fails when one moves.
 
-TRL's own tests are neither in its wheel nor in its source distribution, and need models of the Hub. What stands for
-them: each of our trainers against TRL's, run side by side (test_equals_trl in test_{sft,dpo,grpo,kto}.py).
+TRL's own tests are neither in its wheel nor in its source distribution: `python -m benchmarks.trl_tests` runs those of
+a checkout with our classes. Here each of our trainers runs against TRL's (test_equals_trl in
+test_{sft,dpo,grpo,kto}.py).
 """
 
 from __future__ import annotations
