@@ -46,13 +46,19 @@ class ChunkedLossMixin:
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        *,
         chunked_loss: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         loss_weights: LossWeights | None = None,
         **kwargs,
     ):
-        """What the parent takes and returns, and:
+        """What the parent takes and returns, by the same names and in the same order (transformers' trainer keeps the
+        columns of a data set that it finds here, and `generate` refuses what it does not find), and:
 
         Args:
             chunked_loss: with `labels`, compute the loss without full logits and return none.
@@ -64,6 +70,9 @@ class ChunkedLossMixin:
         Raises:
             ValueError: for weights without `chunked_loss`.
         """
+        named = {"attention_mask": attention_mask, "position_ids": position_ids}
+        named |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
         if not chunked_loss or labels is None:
             if loss_weights is not None:
                 raise ValueError("loss_weights need chunked_loss=True and labels: the loss over full logits has none.")

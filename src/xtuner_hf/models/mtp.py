@@ -238,13 +238,25 @@ class MTPCausalLMMixin(MoECausalLMMixin):
             return None
         return FurtherTokens(self.lm_head, labels_BS)
 
-    def forward(self, input_ids=None, labels=None, chunked_loss: bool = False, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        *,
+        chunked_loss: bool = False,
+        **kwargs,
+    ):
         """As in the parent; in training, `chunked_loss=True` with `labels` adds the loss of the further tokens, whose
         own value is in `mtp_loss`. A forward without gradients runs the layers too: it may count the experts' load."""
         has_loss = chunked_loss and labels is not None
         if has_loss or not torch.is_grad_enabled():
             kwargs.setdefault("further", self.further_tokens(labels if has_loss else None))
-        return super().forward(input_ids=input_ids, labels=labels, chunked_loss=chunked_loss, **kwargs)
+        named = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
+        return super().forward(*named, chunked_loss=chunked_loss, **kwargs)
 
     def chunked_output(self, trunk_outputs: Any, labels_BS: torch.Tensor, num_items: Any, inputs: dict) -> Any:
         output = super().chunked_output(trunk_outputs, labels_BS, num_items, inputs)

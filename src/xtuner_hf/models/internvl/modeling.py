@@ -149,10 +149,23 @@ class InternVLForConditionalGeneration(ChunkedLossMixin, HubModelMixin, hf.Inter
         self.lm_head = LMHead(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, pixel_values=None, num_tiles=None, labels=None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        *,
+        labels=None,
+        num_tiles=None,
+        **kwargs,
+    ):
         """As in transformers, and as of the language models of this package. generate() and the trainers read here
         which inputs there are; `InternVLModel.forward` says what those of images hold."""
-        return super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **kwargs)
+        named = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
+        return super().forward(*named, pixel_values=pixel_values, **kwargs)
 
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
