@@ -49,23 +49,19 @@ def run(checkout: Path, folder: Path, classes: str, options: list[str]) -> tuple
     """How each test ended, and the seconds that all took."""
     outcomes = folder / f"{classes}.json"
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.trl_tests.plugin", "-p", "no:cacheprovider"]
-    command += [
-        "--rootdir",
-        str(checkout),
-        "--stand-ins",
-        str(folder),
-        "--classes",
-        classes,
-        "--outcomes",
-        str(outcomes),
-        "--tb",
-        "short",
-    ]
+    named = {
+        "--rootdir": checkout,
+        "--stand-ins": folder,
+        "--classes": classes,
+        "--outcomes": outcomes,
+        "--tb": "short",
+    }
+    command += [str(part) for item in named.items() for part in item]
     command += [*options, *(str(checkout / test) for test in TESTS)]
     paths = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     started = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, check=False)
-    if not outcomes.is_file():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if subprocess.run(command, cwd=folder, env=environment, check=False).returncode not in (0, 1):
         raise SystemExit(f"pytest ended before the tests did; its command was {' '.join(command)}")
     return json.loads(outcomes.read_text()), time.perf_counter() - started
 
@@ -117,7 +113,8 @@ def main() -> None:
                 print(f"  {outcome} ({reason}):", *names, sep="\n    ")
     options.output.write_text(json.dumps(figures, indent=1) + "\n")
     if failed := only_ours_fails(ended):
-        raise SystemExit(f"{len(failed)} tests fail with our classes alone.")
+        known = "alone" if "trl" in ended else "(with TRL's as well? --classes ours trl)"
+        raise SystemExit(f"{len(failed)} tests fail with our classes {known}.")
 
 
 if __name__ == "__main__":

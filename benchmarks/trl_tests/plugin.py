@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from unittest import mock
 
+import datasets
 import pytest
 import torch
 
@@ -60,7 +61,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     needs_words = NEEDS_WORDS.search(inspect.getsource(item.function))
-    os.chdir(item.config.getoption("--stand-ins") / ("words" if needs_words else "bytes"))
+    folder = item.config.getoption("--stand-ins") / ("words" if needs_words else "bytes")
+    os.chdir(folder)
+    # The cache goes by relative paths, which are the same in both folders and in the next run.
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
 
 
 def _unknown_family(item: pytest.Item, stand_ins: Path) -> str:
