@@ -105,3 +105,9 @@ def test_config_json_speaks_the_hub_s_dialect(tmp_path):
     assert again.rope_parameters["rope_theta"] == 5e6
     assert again.rope_parameters["factor"] == 4.0
     assert again.num_experts == 8
+
+
+def test_a_path_without_a_folder(tmp_path):
+    """The Hub's client says that a repo id must have the form 'namespace/repo_name'."""
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/nowhere: check the path"):
+        AutoModelForCausalLM.from_pretrained(str(tmp_path / "nowhere"))

@@ -62,6 +62,13 @@ def test_several_gpus_in_one_process_are_no_data_parallel(tmp_path):
         MoETrainer(model=build(Qwen3MoeForCausalLM, moe_config()), args=args, train_dataset=rows())
 
 
+def test_deepspeed_beside_our_sharding(tmp_path):
+    args = arguments(tmp_path)
+    args.deepspeed = "zero3.json"
+    with pytest.raises(ValueError, match=r"asks for DeepSpeed.*FSDP2.*accelerate_configs/"):
+        MoETrainer(model=build(Qwen3MoeForCausalLM, moe_config()), args=args, train_dataset=rows())
+
+
 def test_arguments_of_another_trainer(tmp_path):
     with pytest.raises(TypeError, match="MoETrainer needs its own arguments class, got TrainingArguments"):
         MoETrainer(model=None, args=transformers.TrainingArguments(output_dir=str(tmp_path)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -115,7 +116,10 @@ def read_config(name: Any, kwargs: dict[str, Any]) -> PreTrainedConfig:
 
     Raises:
         UnknownFamilyError: for InternVL in the layout of its own code.
+        FileNotFoundError: for a path that is none.
     """
+    if str(name).startswith(("/", "./", "../", "~")) and not os.path.exists(name):
+        raise FileNotFoundError(f"There is no folder {name}: check the path, or name a model of the Hub.")
     where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     found, _ = PreTrainedConfig.get_config_dict(name, **where)
     if found.get("model_type") == "internvl_chat":

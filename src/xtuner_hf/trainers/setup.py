@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,26 @@ def check_accelerate_door(model: Any) -> None:
         )
 
 
+def check_launch(args: Any) -> None:
+    """What must be known before anything is put on a device.
+
+    Raises:
+        ValueError: for a launch that would train without this package's sharding.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, and transformers would train a copy of the model on each in threads "
+            "(nn.DataParallel), which neither shards nor balances: start one process a GPU with `accelerate launch "
+            "--config_file accelerate_configs/gpu_8.yaml`, or show it a single one with CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError(
+            "This run asks for DeepSpeed, which would shard the model once more: models of this package are sharded "
+            "with FSDP2. Leave out `deepspeed` and launch with a file of accelerate_configs/; ep_size, sp_size and "
+            "optimizer_offload do what ZeRO, Ulysses and its offload would."
+        )
+
+
 def prepare_model(model: Any, args: Any) -> nn.Module:
     """Our model, with the experts kernel asked for and, unless Accelerate does it later, sharded over the processes.
 
@@ -98,12 +119,7 @@ def prepare_model(model: Any, args: Any) -> nn.Module:
         TypeError: for a model of another package.
         ValueError: for a layout or a launch that cannot be.
     """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"This process sees {args.n_gpu} GPUs, and transformers would train a copy of the model on each in threads "
-            "(nn.DataParallel), which neither shards nor balances: start one process a GPU with `accelerate launch "
-            "--config_file accelerate_configs/gpu_8.yaml`, or show it a single one with CUDA_VISIBLE_DEVICES=0."
-        )
+    check_launch(args)
     layout = args.parallel_layout
     if shards_with_accelerate(args):
         check_accelerate_door(model)
