@@ -243,6 +243,7 @@ def test_what_gathering_in_fp8_leans_on():
     # Of a group of one rank, FSDP takes one tensor: kernels/fp8_weights.py packs its two.
     assert "all_gather_inputs[0]" in inspect.getsource(FSDPParamGroup.wait_for_unshard)
     assert "_fsdp_param_group" in inspect.getsource(_compat.FSDPModule.reshard)
+    assert "and not self._reset_sharded_params" in inspect.getsource(FSDPParamGroup.lazy_init)
 
 
 def test_what_the_trainers_hook_into():

@@ -228,14 +228,21 @@ def batches_dealt_to(accelerator: Any, num_groups: int, group_size: int) -> Iter
         state.device_mesh, config.dispatch_batches = mesh, dispatches
 
 
+def _fsdp_groups(model: Any) -> list[Any]:
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+
+
 def _fsdp_params(model: Any) -> list[Any]:
     """What FSDP2 keeps of each parameter that it shards, of all modules of a model."""
-    groups = [
-        group
-        for module in model.modules()
-        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None
-    ]
-    return [param for group in groups for param in group.fsdp_params]
+    return [param for group in _fsdp_groups(model) for param in group.fsdp_params]
+
+
+def keep_padding(model: Any) -> None:
+    """Let FSDP2 keep the shards that it has padded. Its first forward pass looks whether they still are the same, and
+    takes fake tensors, whose addresses are all 0, for other ones."""
+    for group in _fsdp_groups(model):
+        group._reset_sharded_params = True
 
 
 def fsdp_parameters(model: Any) -> list[tuple[tuple[Any, str], Any]]:

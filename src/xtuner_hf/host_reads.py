@@ -3,11 +3,12 @@
     lengths of documents     once a micro-batch      attention/documents.py
     rows with a label        once a micro-batch      memory/logprobs.py
     tokens that are real     once a padded forward   memory/unpadded.py
+    tokens of images         once a micro-batch      models/internvl/ (twice where ranks share the rows)
     rows between EP ranks    once a layer, early     moe/ep_dispatcher.py
 
-Besides, and in no dry run: documents that are found by positions or a mask (attention/documents.py), and where image
-tokens stand (models/internvl/images.py). Everything else is queued without waiting. A dry run has no data to read: it
-answers in the device's place (`answered_by`), and from then on runs the same code.
+Besides, and in no dry run: documents that are found by positions or a mask (attention/documents.py). Everything else is
+queued without waiting. A dry run has no data to read: it answers in the device's place (`answered_by`), and from then
+on runs the same code.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class HostReads:
     def true_rows(self, mask_N: torch.Tensor) -> torch.Tensor:
         """int64: where the mask is True."""
         return mask_N.nonzero()[:, 0]
+
+    def image_tokens(self, mask_N: torch.Tensor) -> torch.Tensor:
+        """int64: where a token of an image stands."""
+        return self.true_rows(mask_N)
 
     def start_counts(self, counts: torch.Tensor, traffic: ExpertTraffic) -> Pending:
         """Queue the copy of an EP exchange's counts (moe/ep_dispatcher.py) to the host."""

@@ -70,7 +70,8 @@ def peak_of(profiled) -> int:
 @pytest.mark.parametrize(
     ("family", "ranks", "changes"),
     [
-        ("qwen3_moe", 2, {}),
+        # Peaks where gradients are joined for their reduction: a kernel of the CPU's copies them first (1.7 %).
+        ("deepseek_v3", 2, {}),
         ("qwen3_moe", 2, {"recompute": "none"}),
         ("qwen3_moe", 4, {"optimizer_offload": True}),
         ("glm4_moe", 2, {"activation_offload": True}),
@@ -80,4 +81,4 @@ def test_the_allocators_peak_is_the_predicted_one(family, ranks, changes):
     job = job_of(family, ranks, **changes)
     report = dry_run(job, acts_as="cpu")
     resting = report.resting
-    assert allocated_peak(job) + resting == pytest.approx(report.peak.total, rel=0.01)
+    assert allocated_peak(job) + resting == pytest.approx(report.peak.total, rel=0.001)

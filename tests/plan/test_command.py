@@ -44,6 +44,19 @@ def test_planning_leaves_the_logs_of_its_process_alone(folder, capsys):
     assert logging.getLogger("xtuner_hf").level == before
 
 
+def test_adapters_of_a_base_in_bf16(folder, capsys):
+    """One process: the base rests in two bytes a parameter, and its adapters have all of the optimizer's states."""
+    main(
+        ["plan", str(folder), *["--gpus", "1", "--seq-len", "64", "--lora-rank", "8", "--dtype", "bfloat16", "--json"]]
+    )
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["job"]["lora_rank"], plan["job"]["dtype"]) == (8, "bfloat16")
+    base = parameters(find_config(folder))
+    adapters = plan["job"]["parameters"] - base
+    assert 0 < adapters < base
+    assert plan["balanced"]["resting_gib"] * 2**30 == pytest.approx(2 * base + 12 * adapters, rel=0.02)
+
+
 def test_json(folder, capsys):
     main(["plan", str(folder / "config.json"), "--gpus", "2", "--seq-len", "64", "--json"])
     plan = json.loads(capsys.readouterr().out)
@@ -65,6 +78,11 @@ def test_json(folder, capsys):
         (["no-such-model", "--gpus", "8"], "no known model; known are: qwen3-0.6b"),
         (["qwen3-30b-a3b", "--gpus", "0"], "a job of 0 ranks"),
         (["qwen3-30b-a3b", "--gpus", "8", "--document-len", "9999"], "documents of 9999 tokens do not fit"),
+        (["qwen3-30b-a3b", "--gpus", "8", "--tiles-per-row", "3"], "qwen3_moe reads no images"),
+        (["intern-s1", "--gpus", "8", "--tiles-per-row", "17"], "17 tiles of 256 tokens do not fit into rows of 4096"),
+        (["qwen3-30b-a3b", "--gpus", "8", "--device", "a100", "--fp8"], "has no FP8 products"),
+        (["qwen3-30b-a3b", "--gpus", "8", "--fp8", "--lora-rank", "8"], "no kernel for adapters on experts"),
+        (["qwen3-30b-a3b", "--gpus", "8", "--lora-rank", "0"], "lora_rank is 0"),
         (["qwen3-30b-a3b", "--gpus", "8", "--mtp-loss-coef", "0.3"], "no multi-token prediction layers"),
     ],
 )
@@ -119,17 +137,21 @@ def parameters(config) -> int:
 
 
 def test_known_models_are_the_published_ones():
+    a3b, a22b = (published.qwen3_moe(2048, 48, 32, 4, 128, 768), published.qwen3_moe(4096, 94, 64, 4, 128, 1536))
     expected = {
         "qwen3-0.6b": published.qwen3_dense(1024, 3072, 28, 16, True),
         "qwen3-32b": published.qwen3_dense(5120, 25600, 64, 64, False),
-        "qwen3-30b-a3b": published.qwen3_moe(2048, 48, 32, 4, 128, 768),
-        "qwen3-235b-a22b": published.qwen3_moe(4096, 94, 64, 4, 128, 1536),
+        "qwen3-30b-a3b": a3b,
+        "qwen3-235b-a22b": a22b,
         "qwen3-coder-480b-a35b": published.qwen3_moe(6144, 62, 96, 8, 160, 2560),
         "gpt-oss-20b": published.gpt_oss(24, 32),
         "gpt-oss-120b": published.gpt_oss(36, 128),
         "glm-4.5-air": published.glm4_moe(),
         "deepseek-v3": published.deepseek_v3(),
         "kimi-k2": published.kimi_k2(),
+        "internvl3.5-30b-a3b": published.internvl(a3b, published.VIT_300M),
+        "internvl3.5-241b-a28b": published.internvl(a22b, published.VIT_6B),
+        "intern-s1": published.interns1(a22b, published.VIT_6B),
     }
     assert list(expected) == model_names()
     for name, config in expected.items():

@@ -17,12 +17,16 @@ from xtuner_hf.plan.expert_loads import PlannedReads
 
 EVERYTHING_KEPT = {"recompute": "none"}
 SELECTIVE = {"recompute": "selective"}
+IMAGES = {"tiles_per_row": 3}
 OFFLOADED = {"activation_offload": True, "optimizer_offload": True, "optimizer_states": "bf16"}
 
 CASES = {
     1: {
         "qwen3_moe, fp32": ("qwen3_moe", {"bf16": False}, {}),
         "deepseek_v3, nothing recomputed": ("deepseek_v3", EVERYTHING_KEPT, {}),
+        "gpt_oss, lora": ("gpt_oss", {"lora_rank": 8}, {}),
+        "interns1_mini, images": ("interns1_mini", IMAGES, {}),
+        "qwen3_moe, fp8": ("qwen3_moe", {"fp8": True}, {}),
     },
     2: {
         "qwen3": ("qwen3", {}, {}),
@@ -36,6 +40,23 @@ CASES = {
         "deepseek_v3, ep": ("deepseek_v3", {}, {"ep_size": 2}),
         "gpt_oss, ep, offloaded": ("gpt_oss", OFFLOADED, {"ep_size": 2}),
         "qwen3_moe, sp": ("qwen3_moe", {}, {"sp_size": 2}),
+        "qwen3_moe, lora": ("qwen3_moe", {"lora_rank": 8, "accumulation": 2}, {}),
+        "deepseek_v3, ep, lora of a base in bf16": (
+            "deepseek_v3",
+            {"lora_rank": 8, "recompute": "selective", "dtype": torch.bfloat16},
+            {"ep_size": 2},
+        ),
+        "internvl_moe, images": ("internvl_moe", IMAGES, {}),
+        "internvl_moe, sp, no images": ("internvl_moe", {}, {"sp_size": 2}),
+        "interns1, sp, images, nothing recomputed": ("interns1", IMAGES | EVERYTHING_KEPT, {"sp_size": 2}),
+        "internvl_gpt_oss, ep, tower frozen": (
+            "internvl_gpt_oss",
+            IMAGES | {"frozen": ("vision",), "activation_offload": True},
+            {"ep_size": 2},
+        ),
+        "deepseek_v3, ep, fp8": ("deepseek_v3", {"fp8": True}, {"ep_size": 2}),
+        "qwen3, fp8, offloaded": ("qwen3", {"fp8": True} | OFFLOADED, {}),
+        "internvl_moe, lora, two rows": ("internvl_moe", IMAGES | {"lora_rank": 8, "micro_batch": 2}, {}),
     },
     4: {
         "kimi_k2, ep 4, nothing recomputed": ("kimi_k2", EVERYTHING_KEPT, {"ep_size": 4}),
@@ -56,9 +77,16 @@ class ReplayedReads(PlannedReads):
     def __init__(self, job, measured: Measured):
         super().__init__(Clock(), job.documents, None)
         self._counts, self._labels = iter(measured.counts), iter(measured.labels)
+        self._images = iter(measured.images)
 
     def true_rows(self, mask_N):
-        rows_N = torch.arange(next(self._labels))
+        return self._rows(self._labels)
+
+    def image_tokens(self, mask_N):
+        return self._rows(self._images)
+
+    def _rows(self, numbers):
+        rows_N = torch.arange(next(numbers))
         return rows_N.copy_(rows_N)
 
     def start_counts(self, counts, traffic):

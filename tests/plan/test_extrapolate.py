@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import vision
 from tests.families import ALL_FAMILIES
 from xtuner_hf.parallel.layout import ParallelLayout
 from xtuner_hf.plan.devices import find_device
@@ -38,6 +39,17 @@ def test_two_shallow_models_tell_the_deep_one(family, ranks, changes):
     assert told.num_parameters == deep.num_parameters
     for key, traffic in deep.traffic.items():
         assert told.traffic[key].buffer_bytes == pytest.approx(traffic.buffer_bytes, rel=0.01)
+
+
+def test_a_tower_stays_as_deep_as_it_is():
+    config = vision.config("internvl_moe", text=DEEP["qwen3_moe"], num_hidden_layers=3)
+    job = Job(config, ParallelLayout(16, 8), find_device("h100"), seq_len=512, tiles_per_row=8)
+    deep, told = dry_run(job), full_depth(job)
+    assert {"vision layer 0", "vision layer 2", "layer -1"} <= told.peaks.keys()
+    assert told.peak.total == pytest.approx(deep.peak.total, rel=0.01)
+    assert told.seconds == pytest.approx(deep.seconds, rel=0.01)
+    assert told.model_flops == pytest.approx(deep.model_flops, rel=1e-9)
+    assert told.num_parameters == deep.num_parameters
 
 
 def test_a_shallow_model_is_run_as_it_is():

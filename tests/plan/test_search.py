@@ -9,6 +9,7 @@ from tests.families import ALL_FAMILIES
 from xtuner_hf.parallel.layout import ParallelLayout
 from xtuner_hf.plan.devices import PlanError, find_device
 from xtuner_hf.plan.job import Job
+from xtuner_hf.plan.planning import plan_job
 from xtuner_hf.plan.search import search, table, write_launch_files
 from xtuner_hf.trainers.arguments import MoETrainingArguments
 
@@ -37,6 +38,13 @@ def test_those_that_fit_come_first_and_the_fastest_of_them(found):
     assert "lacks" in found[-1].why
     assert "computes" in found[0].why
     assert len(table(found).splitlines()) == 1 + min(len(found), 20)
+
+
+def test_the_chosen_ones_plan_is_the_one_that_it_would_get_by_itself(found):
+    alone = plan_job(found[0].plan.job)
+    assert alone.verdict == found[0].plan.verdict
+    assert alone.tokens_per_second == found[0].plan.tokens_per_second
+    assert alone.report.peaks == found[0].plan.report.peaks
 
 
 def test_the_chosen_one_can_be_launched(found, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -76,6 +77,30 @@ def test_every_matrix_product_is_counted(name):
     # There, windows are counted as if every token met a full one; here, MLA's values are as wide as its keys.
     differs = config.model_type in ("gpt_oss", "deepseek_v3")
     assert total == pytest.approx(useful, rel=0.02 if differs else 0.002)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "sizes"),
+    [
+        ("deepseek_v3", {}, {"ep_size": 2}),
+        ("gpt_oss", {"optimizer_offload": True, "optimizer_states": "bf16"}, {}),
+    ],
+)
+def test_a_whole_first_step_would_change_nothing(family, changes, sizes, monkeypatch):
+    """Before the step that is observed, the optimizer makes its states from gradients of zeros."""
+    job = make_job(family, 2, changes, **sizes)
+    quick = dry_run(job)
+    monkeypatch.setattr("xtuner_hf.plan.dry_run.begin_training", lambda step, batch, phase: step.run(batch, phase))
+    whole = dry_run(job)
+    assert whole.peaks.keys() == quick.peaks.keys()
+    for region, peak in whole.peaks.items():
+        if region != "setup":
+            assert Counter(peak.by_category) == Counter(quick.peaks[region].by_category), region
+            pools = [sorted(filter(None, peak_of.pools.values())) for peak_of in (peak, quick.peaks[region])]
+            assert pools[0] == pools[1], region
+    for name in ("reserved", "resting", "host_peak", "traffic", "work", "host_bytes_moved"):
+        assert getattr(whole, name) == getattr(quick, name), name
+    assert whole.seconds == pytest.approx(quick.seconds)
 
 
 def test_recompute_is_told_from_backward():
@@ -157,3 +182,17 @@ def test_experts_take_the_way_of_the_planned_device():
     }
     fp32_rows = {alike for peak in fused.peaks.values() for alike in peak.holders if alike.dtype == "float32"}
     assert (rows, 4096) not in {alike.shape for alike in fp32_rows}
+
+
+def test_weights_gathered_in_fp8_take_half_and_are_counted_once():
+    """They stand for tensors of bf16, whose bytes are nowhere: 4.5 GiB too many in four layers."""
+    job = Job(find_config("qwen3-30b-a3b"), ParallelLayout(8, 8, ep_size=2), find_device("h100"), seq_len=1024)
+    job = job.with_layers(1)
+    in_bf16, in_fp8 = (dry_run(replace(job, fp8=fp8)) for fp8 in (False, True))
+    gathered = [report.traffic["efsdp", "all-gather", "forward"].buffer_bytes for report in (in_bf16, in_fp8)]
+    assert gathered[1] == pytest.approx(gathered[0] / 2, rel=0.001)
+    assert in_fp8.peak.by_category["gathered parameters"] < in_bf16.peak.by_category["gathered parameters"]
+    for peak in in_fp8.peaks.values():
+        whole = [alike for alike in peak.holders if alike.shape == (64, 1536, 2048) and alike.dtype == "bfloat16"]
+        assert all(alike.made_by == "_grouped_mm" for alike in whole)  # gradients
+    assert in_fp8.compute_seconds < in_bf16.compute_seconds

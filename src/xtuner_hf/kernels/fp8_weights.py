@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from . import fp8
+from ..device import kind
+from . import fp8, simulated_fp8
 from .fp8 import E4M3, Quantised
 from .select import has_triton
 
@@ -27,7 +28,7 @@ def fp8_kernels(device: torch.device) -> ModuleType:
         ValueError: for a GPU without FP8 tensor cores.
     """
     if device.type != "cuda":
-        return fp8
+        return simulated_fp8 if kind(device) == "cuda" else fp8
     if torch.cuda.get_device_capability(device) < (8, 9) or not has_triton():
         raise ValueError(
             f"fp8=True needs Triton and tensor cores that multiply e4m3 (compute capability 8.9 or newer), and "

@@ -26,7 +26,8 @@ __all__ = [
 
 
 def sum_slots(y_RH: torch.Tensor, grouping: Grouping, base_TH: torch.Tensor | None = None) -> torch.Tensor:
-    out_TH = y_RH.view(*grouping.row_of_slot_TK.shape, -1).sum(1)
+    slots_TK = grouping.row_of_slot_TK
+    out_TH = y_RH[: slots_TK.numel()].view(*slots_TK.shape, -1).sum(1)  # the other rows are padding
     return out_TH if base_TH is None else out_TH.add_(base_TH)
 
 

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .._compat import TransformersDeviceMesh
-from .shard import ResolvedConfig, copy_from_rank_0, experts_precision
+from .prefetch import set_prefetch
+from .shard import ResolvedConfig, copy_from_rank_0, experts_precision, is_sharded, sum_gradients
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -64,6 +65,24 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, layer)
 
 
+def place_adapters(model: nn.Module, world_size: int) -> None:
+    """Put adapters of fused experts where the experts are computed, however PEFT came around the model.
+
+    (Accelerate's door does it when it shards the experts.)
+    """
+    if not is_adapted(model):
+        return
+    base = base_model(model)
+    if is_sharded(base):
+        shard_adapters(model, base.config.distributed_config, base._mesh_manager)
+        sum_gradients(model)
+        set_prefetch(base)
+    elif world_size == 1:
+        from ..moe.lora import adopt_wrappers
+
+        adopt_wrappers(model)
+
+
 def shard_adapters(
     model: nn.Module,
     config: ResolvedConfig,
@@ -98,7 +117,7 @@ def shard_adapters(
         )
     # PEFT has added them in host memory, and a trainer does not move a model that is sharded.
     for parameter in model.parameters():
-        if not isinstance(parameter.data, DTensor):
+        if not isinstance(parameter.data, DTensor) and not parameter.is_meta:
             parameter.data = parameter.data.to(dense_mesh.device_type)
 
 

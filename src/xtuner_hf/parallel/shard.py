@@ -184,6 +184,8 @@ def copy_from_rank_0(model: nn.Module, device: torch.device) -> None:
         device: where this job's collectives work; tensors elsewhere pass through it.
     """
     for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_meta:  # of a plan (plan/dry_run.py): there are no values
+            continue
         on_device = tensor.data.to(device)
         dist.broadcast(on_device, src=0)
         tensor.data.copy_(on_device)

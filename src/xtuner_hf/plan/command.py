@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer-states", default="full", choices=("full", "bf16"))
     parser.add_argument("--optimizer-in-backward", action="store_true")
     parser.add_argument("--mtp-loss-coef", type=float, help="train multi-token prediction layers")
+    parser.add_argument("--lora-rank", type=int, help="train adapters of this rank on attention, MLPs and experts")
+    parser.add_argument("--tiles-per-row", type=int, default=0, help="of images, whose tokens --seq-len counts too")
+    parser.add_argument(
+        "--freeze", nargs="*", default=[], choices=("vision", "projector", "language"), help="what does not train"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the parameters between steps"
+    )
+    parser.add_argument("--fp8", action="store_true", help="multiply in FP8 (docs/fp8.md)")
     parser.add_argument("--every-layer", action="store_true", help="simulate all layers, not two shallow models")
     parser.add_argument("--calibration", type=Path, help="JSON with measured efficiencies of this device")
     parser.add_argument("--search", action="store_true", help="try layouts and rank those that fit")
@@ -59,16 +69,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _job(options: argparse.Namespace) -> Any:
+    import torch
+
     from .planning import make_job
 
     names = (
         "gpus device ranks_per_node ep_size sp_size dp_replicate_size calibration seq_len document_len micro_batch "
-        "accumulation recompute optimizer_states optimizer_in_backward mtp_loss_coef"
+        "accumulation recompute optimizer_states optimizer_in_backward mtp_loss_coef lora_rank tiles_per_row fp8"
     )
     return make_job(
         options.model,
         activation_offload="activations" in options.offload,
         optimizer_offload="optimizer" in options.offload,
+        frozen=tuple(options.freeze),
+        dtype=getattr(torch, options.dtype),
         **{name: getattr(options, name) for name in names.split()},
     )
 
@@ -87,10 +101,16 @@ def _plan(options: argparse.Namespace) -> None:
         write_trace(plan, options.out / "trace.json")
 
 
+def _say(line: str) -> None:
+    """On the screen alone: the result may go to a file or another program."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+
+
 def _search(options: argparse.Namespace) -> None:
     from .search import search, table, write_launch_files
 
-    found = search(_job(options), tokens_per_step=options.tokens_per_step)
+    found = search(_job(options), tokens_per_step=options.tokens_per_step, progress=_say)
     if options.json:
         print(json.dumps([candidate.as_dict() for candidate in found], indent=2))
     else:

@@ -66,6 +66,21 @@ def bytes_moved(name: str, args: Sequence[Any], kwargs: dict[str, Any], outputs:
     return sum(map(num_bytes, inputs)) + written
 
 
+def chunk_cat_scratch(tensors: Sequence[torch.Tensor], num_chunks: int, out: torch.Tensor) -> int:
+    """Bytes that a CPU's `_chunk_cat` takes while it joins gradients to be reduced; CUDA has a kernel that takes none.
+
+    Gradients that do not lie in one piece, or do not divide, are copied, and these copies wait for each other. Where
+    `out` has another dtype, each of them is copied once more, one after the other.
+    """
+    copies = largest = 0
+    for tensor in tensors:
+        rows = -(-tensor.shape[0] // num_chunks) * num_chunks
+        size = tensor.numel() // max(tensor.shape[0], 1) * rows * tensor.element_size()
+        largest = max(largest, size)
+        copies += size * (rows != tensor.shape[0] or not tensor.is_contiguous())
+    return copies + largest * (out.dtype != tensors[0].dtype)
+
+
 def _mm(a: torch.Tensor, b: torch.Tensor, *_: Any) -> float:
     return 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
 
@@ -80,12 +95,21 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, *_: Any) -> float:
     return 2.0 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
+def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: Any, stride: Sequence[int], *_: Any) -> float:
+    """Of patches that do not overlap."""
+    patches = x.shape[0] * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
+    return 2.0 * patches * weight.numel()
+
+
 _MATMUL_FLOPS: dict[str, Callable[..., float]] = {
     "mm": _mm,
     "addmm": lambda bias, *args: _mm(*args),
     "bmm": _bmm,
     "baddbmm": lambda bias, *args: _bmm(*args),
     "_grouped_mm": _grouped_mm,
+    "convolution": _convolution,
+    # Nothing trains below the patches of an image: the weight's gradient alone.
+    "convolution_backward": lambda grad, x, weight, biases, stride, *_: _convolution(x, weight, None, stride),
 }
 
 # name -> where query, key and value stand among the arguments, and whether heads come before positions.
@@ -152,8 +176,9 @@ class Costs:
         seconds = max(moved / (device.memory_bandwidth * device.efficiencies["memory"]), device.shortest_kernel)
         if not flops:
             return seconds
-        is_fp32 = dtype == torch.float32 and kind in (DENSE, GROUPED)
-        peak = device.fp32_flops if is_fp32 else device.bf16_flops
+        peak = device.bf16_flops
+        if kind in (DENSE, GROUPED):
+            peak = {torch.float32: device.fp32_flops, torch.float8_e4m3fn: device.fp8_flops}.get(dtype) or peak
         return max(seconds, flops / (peak * device.efficiencies[kind]))
 
 

@@ -23,6 +23,7 @@ class Device:
         kind: "cuda" or "npu".
         memory_gib: what a process can allocate.
         outside_gib: of it, what no tensor has: the driver's context, buffers of collectives, workspaces of kernels.
+        fp8_flops: None where there are no products of e4m3.
         fp32_flops: of matrix products of fp32 tensors (torch uses TF32 only where it is told to).
         host_link: to and from host memory.
         efficiencies: by kind of work, the part of the rate that is reached.
@@ -49,6 +50,7 @@ class Device:
     efficiencies: dict[str, float]
     reported_as: list[str]
     sources: dict[str, str]
+    fp8_flops: float | None = None
 
 
 @cache

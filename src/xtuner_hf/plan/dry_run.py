@@ -1,7 +1,7 @@
 """A dry run: one rank's training step on fake tensors, in seconds and without memory.
 
-The model is built on the meta device, sharded by parallel/shard.py, and stepped twice by step.py. The second step is
-reported: the optimizer's states exist by then.
+The model is built on the meta device, sharded by parallel/shard.py, and stepped by step.py once the optimizer's states
+exist: what is reported is any step but the first.
 """
 
 from __future__ import annotations
@@ -15,27 +15,31 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.tensor import DTensor
 
+from .._compat import keep_padding
 from ..attention.ulysses import SequenceRanks
 from ..device import PLANNED_KIND, acting_as, kind, kind_of
 from ..host_reads import HostReads, answered_by
 from ..kernels.select import choose_experts_kernel
 from ..models.flops import TrainingFlops
+from ..models.fp8 import use_fp8
 from ..models.fused import fuse_norms
 from ..models.manifest import meta_model
 from ..moe.ep_dispatcher import IMPLEMENTATION_NAME
 from ..moe.experts import implementation_name
+from ..parallel.adapters import base_model, place_adapters, without_adapters
 from ..parallel.sequence import sequence_ranks
 from ..parallel.shard import distribute_model, local_part, sum_gradients
 from . import ledger as memory
+from .adapters import with_adapters
 from .clock import Clock, Span
 from .cluster import axis_of, fake_cluster, fake_mesh
 from .costs import Costs
 from .expert_loads import PlannedReads
 from .job import Job
 from .ledger import Ledger, Peak, Sample
-from .step import TrainingStep
+from .step import Phase, TrainingStep
 from .torch_internals import (
-    FakeTensorMode,
+    PlannedTensorMode,
     fused_loss_tiles,
     fused_norms,
     grouped_products_of_any_dtype,
@@ -109,12 +113,21 @@ def dry_run(job: Job, *, rank: int = 0, acts_as: str = ACTS_AS, reads: HostReads
     clock = Clock(job.device.launch_seconds)
     tracker = StepTracker(Costs(job.device, job.documents), clock, Ledger(), lambda ranks: axis_of(job.layout, ranks))
     is_last_share = rank % job.layout.sp_size == job.layout.sp_size - 1
-    reads = reads or PlannedReads(clock, job.documents, job.expert_choice, job.load, num_unlabelled=int(is_last_share))
+    image_tokens = job.image_tokens * job.micro_batch
+    reads = reads or PlannedReads(
+        *(clock, job.documents, job.expert_choice, job.load),
+        num_unlabelled=image_tokens // job.layout.sp_size or int(is_last_share),
+        image_tokens=image_tokens,
+        num_ranks=job.layout.sp_size,
+    )
     with _simulated(job, rank, acts_as, clock, reads):
         model = build_fake_model(job)
         ranks = sequence_ranks(job.layout, "cpu") if job.layout.sp_size > 1 else None
-        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        with PlannedTensorMode(allow_non_fake_inputs=True), tracker:
             model.to_empty(device="cpu")
+            keep_padding(model)
+            if job.fp8:
+                use_fp8(base_model(model), torch.device("cpu"))
             report = observe(job, tracker, model, ranks)
         del model
     gc.collect()  # hooks and modules hold each other
@@ -147,16 +160,23 @@ def build_fake_model(job: Job):
     if job.device.kind != ACTS_AS:
         name = choose_experts_kernel(job.device.kind, torch.bfloat16, (), None)
         model.set_experts_implementation(implementation_name(name))
+    if job.adapter is not None:
+        model = with_adapters(model, job.adapter)
     if job.layout.world_size > 1:
         config = job.layout.distributed_config(bf16=job.bf16, ep_implementation=IMPLEMENTATION_NAME)
-        distribute_model(model, config, fake_mesh(job.layout))
+        mesh = fake_mesh(job.layout)
+        with without_adapters(model):
+            distribute_model(base_model(model), config, mesh)
+            base_model(model).tie_weights(recompute_mapping=False)
         sum_gradients(model)
-        model.tie_weights(recompute_mapping=False)
+    place_adapters(model, job.layout.world_size)
+    if job.frozen:
+        base_model(model).freeze(job.frozen)
     return model
 
 
 def observe(job: Job, tracker: StepTracker, model, ranks: SequenceRanks | None = None) -> StepReport:
-    """Two steps of a sharded model, the second of which is reported; on fake tensors or on real ones.
+    """A step of a sharded model as it is once the first is behind it; on fake tensors or on real ones.
 
     Args:
         tracker: entered already.
@@ -165,11 +185,24 @@ def observe(job: Job, tracker: StepTracker, model, ranks: SequenceRanks | None =
     step = TrainingStep(job, model, torch.device("cpu"), ranks)
     tracker.watch_layers(model)
     batch = step.batch()
-    for _ in range(2):
-        label_resting(tracker.ledger, step)
-        tracker.begin_step()
-        step.run(batch, tracker.phase)
+    begin_training(step, batch, tracker.phase)
+    label_resting(tracker.ledger, step)
+    tracker.begin_step()
+    step.run(batch, tracker.phase)
     return make_report(job, tracker, model)
+
+
+def begin_training(step: TrainingStep, batch: dict[str, torch.Tensor], phase: Phase) -> None:
+    """Leave behind what a first step leaves: states of the optimizer, made by itself from gradients of zeros. A whole
+    step takes as long as the one that is observed."""
+    if step.job.optimizer_in_backward:  # it fetches the states in the order that its last backward took
+        step.run(batch, phase)
+        return
+    for parameter in step.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
+    step.optimizer.zero_grad()
 
 
 def label_resting(ledger: Ledger, step: TrainingStep) -> None:
@@ -191,6 +224,7 @@ def make_report(job: Job, tracker: StepTracker, model) -> StepReport:
     ledger.end_step()
     micro_batches = job.accumulation / job.layout.sp_size
     squared = sum(length * length for length in job.documents)
+    num_tiles = job.micro_batch * job.tiles_per_row
     return StepReport(
         peaks=ledger.regions,
         host_peak=ledger.host_peak,
@@ -204,7 +238,7 @@ def make_report(job: Job, tracker: StepTracker, model) -> StepReport:
         streams=clock.titles(),
         host_bytes_moved=tracker.host_bytes_moved,
         host_waits=clock.host_waits,
-        model_flops=TrainingFlops.of_model(model)(sum(job.documents), squared) * micro_batches,
+        model_flops=TrainingFlops.of_model(model)(sum(job.documents), squared, num_tiles) * micro_batches,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         samples=ledger.samples,
         spans=list(clock.spans),

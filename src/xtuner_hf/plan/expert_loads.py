@@ -103,6 +103,8 @@ class PlannedReads(HostReads):
         documents: tokens of each.
         load: of this rank's experts; what it gets more, the group's other ranks get less.
         num_unlabelled: tokens of a micro-batch that have no label, the last of each row say.
+        image_tokens: of the whole rows of a micro-batch.
+        num_ranks: that share the rows, and so the tokens of images.
     """
 
     def __init__(
@@ -112,9 +114,12 @@ class PlannedReads(HostReads):
         choice: ExpertChoice | None,
         load: float = 1.0,
         num_unlabelled: int = 0,
+        image_tokens: int = 0,
+        num_ranks: int = 1,
     ):
         self.clock, self.documents, self.choice, self.load = clock, documents, choice, load
         self.num_unlabelled = num_unlabelled
+        self._image_tokens, self._num_ranks = image_tokens, num_ranks
 
     def lengths(self, cu_seqlens) -> list[int]:
         self.clock.current.synchronize()
@@ -123,6 +128,11 @@ class PlannedReads(HostReads):
     def true_rows(self, mask_N):
         self.clock.current.synchronize()
         return torch.arange(mask_N.shape[0] - self.num_unlabelled, device=mask_N.device)
+
+    def image_tokens(self, mask_N):
+        self.clock.current.synchronize()
+        is_share = mask_N.shape[0] < sum(self.documents)
+        return torch.arange(self._image_tokens // (self._num_ranks if is_share else 1), device=mask_N.device)
 
     def start_counts(self, counts, traffic: ExpertTraffic) -> PlannedCounts:
         assert self.choice is not None

@@ -27,11 +27,12 @@ def shallow_depths(config: PreTrainedConfig) -> tuple[int, int] | None:
     period = _period(config)
     dense = num_dense_layers(config)
     depths = tuple(dense + math.ceil(number / period) * period for number in (SHALLOW, LESS_SHALLOW))
-    return depths if depths[1] < config.num_hidden_layers else None  # type: ignore[return-value]
+    return depths if depths[1] < config.get_text_config().num_hidden_layers else None  # type: ignore[return-value]
 
 
 def _period(config: PreTrainedConfig) -> int:
     """Layers after which their kinds repeat."""
+    config = config.get_text_config()
     period = getattr(config, "decoder_sparse_step", None) or 1
     types = getattr(config, "layer_types", None) or []
     if len(set(types)) > 1:
@@ -47,7 +48,7 @@ def full_depth(job: Job, run: Callable[[Job], StepReport] = dry_run) -> StepRepo
     if depths is None:
         return run(job)
     less, more = (run(job.with_layers(number)) for number in depths)
-    factor = (job.config.num_hidden_layers - depths[1]) / (depths[1] - depths[0])
+    factor = (job.text_config.num_hidden_layers - depths[1]) / (depths[1] - depths[0])
     first, second = (_with_named_ends(report) for report in (less, more))
     report = _along_line(first, second, factor)
     return replace(report, wall_seconds=less.wall_seconds + more.wall_seconds)

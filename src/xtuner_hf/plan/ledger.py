@@ -138,6 +138,13 @@ class Ledger:
             self.by_category[category] += block.size
             block.category = category
 
+    def pass_through(self, size: int, category: str, *, pool: str = "", region: str = "", time: float = 0) -> None:
+        """Bytes are taken and given back at once."""
+        block = Block(self._rounded(size), category, pool, "", (), torch.uint8)
+        if size:
+            self._count(block, block.size, region, time)
+            self._count(block, -block.size)
+
     def forget(self, tensor: torch.Tensor) -> None:
         """Stop counting a storage that lives on."""
         self._end(tensor.untyped_storage()._cdata)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..models.auto import causal_lm_class
+from ..models.auto import model_class
 from .devices import PlanError
 
 
@@ -35,7 +35,7 @@ def find_config(model: str | Path | PreTrainedConfig) -> PreTrainedConfig:
     """
     config = model if isinstance(model, PreTrainedConfig) else _read(model)
     try:
-        causal_lm_class(config)
+        model_class(config)
     except ValueError as error:
         raise PlanError(str(error)) from None
     return config

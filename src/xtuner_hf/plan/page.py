@@ -37,6 +37,10 @@ def _heading(plan: Plan) -> str:
     options += [f"optimizer states {job.optimizer_states}"] * (job.optimizer_states != "full")
     options += ["optimizer states on the host"] * job.optimizer_offload
     options += ["optimizer in backward"] * job.optimizer_in_backward
+    options += ["products in FP8"] * job.fp8
+    options += [f"LoRA of rank {job.adapter.r}"] if job.adapter is not None else []
+    options += [f"{job.tiles_per_row} tiles a row"] * bool(job.tiles_per_row)
+    options += [f"{' and '.join(job.frozen)} frozen"] * bool(job.frozen)
     how = "every layer simulated"
     if plan.layers_run is not None:
         how = f"from models of {plan.layers_run[0]} and {plan.layers_run[1]} layers"
@@ -80,6 +84,8 @@ def _memory(plan: Plan) -> str:
 
 def _place(report: StepReport) -> str:
     region = report.peak_region
+    if region.startswith("vision layer"):
+        return f"at the peak, in the backward of {region}"
     if not region.startswith("layer"):
         return f"at the peak, in {'the head' if region == 'backward' else region}"
     number = int(region.split()[1])

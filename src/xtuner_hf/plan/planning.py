@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ..parallel.layout import ParallelLayout
+from .adapters import lora_of_rank
 from .devices import GIB, Device, PlanError, find_device
 from .dry_run import StepReport, dry_run
 from .extrapolate import full_depth, shallow_depths
@@ -92,6 +93,8 @@ class Plan:
                 "sp_size": layout.sp_size,
                 "dp_replicate_size": layout.dp_replicate_size,
                 **{name: getattr(job, name) for name in _JOB_FIELDS},
+                "dtype": str(job.dtype)[6:],
+                "lora_rank": None if job.adapter is None else job.adapter.r,
             },
             "fits": self.fits,
             "needed_gib": self.needed_gib,
@@ -116,6 +119,9 @@ _JOB_FIELDS = (
     "optimizer_offload",
     "optimizer_in_backward",
     "mtp_loss_coef",
+    "tiles_per_row",
+    "frozen",
+    "fp8",
 )
 
 
@@ -156,6 +162,7 @@ def make_job(
     ep_across_nodes: bool = False,
     sp_across_nodes: bool = False,
     calibration: str | Path | None = None,
+    lora_rank: int | None = None,
     **arguments: Any,
 ) -> Job:
     """A `Job` from names and numbers.
@@ -166,6 +173,7 @@ def make_job(
         device: a name of the table.
         ranks_per_node: the device's usual number by default, or all ranks if they are fewer.
         calibration: a file with measured efficiencies.
+        lora_rank: train adapters of this rank on attention, dense MLPs and experts (plan/adapters.py).
         arguments: the other fields of `Job`.
 
     Raises:
@@ -180,7 +188,10 @@ def make_job(
         layout = ParallelLayout(gpus, per_node, ep_size, sp_size, dp_replicate_size, ep_across_nodes, sp_across_nodes)
     except ValueError as error:
         raise PlanError(str(error)) from None
-    return Job(find_config(model), layout, replace(device, ranks_per_node=per_node), **arguments)
+    config = find_config(model)
+    if lora_rank is not None:
+        arguments["adapter"] = lora_of_rank(lora_rank, config)
+    return Job(config, layout, replace(device, ranks_per_node=per_node), **arguments)
 
 
 def plan_job(job: Job, *, unbalanced: bool = True, every_layer: bool = False) -> Plan:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,8 @@ from .planning import UNBALANCED_LOAD, Plan, plan_job, quieten
 # Tokens of a rank at a time: what is tried first, and where more rows gain little.
 FIRST_TOKENS, MOST_TOKENS = 16384, 65536
 ROUNDS = 3
-# Bytes of a parameter that rests: fp32 weight, gradient and two moments.
-RESTING_BYTES = 16
 
-Plans = Callable[[Sequence[Job]], list[Plan]]
+Plans = Callable[[Sequence[Job]], Iterable[Plan]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,13 @@ class Candidate:
         return {"why": self.why, **self.plan.as_dict()}
 
 
-def search(job: Job, *, tokens_per_step: int | None = None, workers: int | None = None) -> list[Candidate]:
+def search(
+    job: Job,
+    *,
+    tokens_per_step: int | None = None,
+    workers: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Candidate]:
     """Candidates that fit, fastest first, then those that do not.
 
     Args:
@@ -55,6 +59,7 @@ def search(job: Job, *, tokens_per_step: int | None = None, workers: int | None 
             tried.
         tokens_per_step: of the whole job; rows at a time and micro-batches multiply to it. None: one micro-batch.
         workers: processes; as many as there are CPUs (four at most) by default.
+        progress: told of each plan in one line.
 
     Raises:
         PlanError: if no layout can be, or `tokens_per_step` cannot be divided.
@@ -62,17 +67,21 @@ def search(job: Job, *, tokens_per_step: int | None = None, workers: int | None 
     if tokens_per_step is not None and tokens_per_step < job.seq_len:
         raise PlanError(f"tokens_per_step {tokens_per_step} is less than one row of {job.seq_len}.")
     with _planner(workers or min(os.cpu_count() or 1, 4)) as plans:
-        return _Search(job, tokens_per_step, plans).run()
+        return _Search(job, tokens_per_step, plans, progress).run()
 
 
 @contextmanager
 def _planner(workers: int) -> Iterator[Plans]:
     """Plans jobs at once. Processes of their own: each joins a simulated cluster."""
     if workers == 1:
-        yield lambda jobs: [plan_briefly(job) for job in jobs]
+        yield lambda jobs: map(plan_briefly, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=quieten) as pool:
-        yield lambda jobs: list(pool.map(plan_briefly, jobs))
+    # One process imports, which takes as long as a plan, and splits into the workers.
+    context: Any = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=quieten) as pool:
+        yield lambda jobs: pool.map(plan_briefly, jobs)
 
 
 def plan_briefly(job: Job) -> Plan:
@@ -92,8 +101,8 @@ def _why(plan: Plan) -> str:
 
 
 class _Search:
-    def __init__(self, job: Job, tokens_per_step: int | None, plans: Plans):
-        self.job, self.tokens_per_step, self.plans = job, tokens_per_step, plans
+    def __init__(self, job: Job, tokens_per_step: int | None, plans: Plans, progress: Callable[[str], None]):
+        self.job, self.tokens_per_step, self.plans, self.progress = job, tokens_per_step, plans, progress
         self.seen: dict[tuple, Candidate] = {}
 
     def run(self) -> list[Candidate]:
@@ -115,9 +124,11 @@ class _Search:
     def _try(self, jobs: Sequence[Job]) -> list[Plan]:
         """Plan those that were not planned yet."""
         new = {self._key(job): job for job in jobs if self._key(job) not in self.seen}
-        plans = self.plans(list(new.values()))
-        for plan in plans:
+        plans = []
+        for plan in self.plans(list(new.values())):
+            plans.append(plan)
             self.seen[self._key(plan.job)] = Candidate(plan, _why(plan))
+            self.progress(f"{len(self.seen):>3} planned, {len(new) - len(plans)} to come in this round: {_line(plan)}")
         return plans
 
     def _start(self, layout: ParallelLayout) -> Job | None:
@@ -157,10 +168,15 @@ class _Search:
                         replace(self.job, layout=layout)
                     except ValueError:
                         continue
-                    resting = RESTING_BYTES * num_parameters / layout.fsdp_size / GIB
+                    resting = self._resting_bytes * num_parameters / layout.fsdp_size / GIB
                     if resting < self.job.device.memory_gib and layout not in layouts:
                         layouts.append(layout)
         return layouts
+
+    @property
+    def _resting_bytes(self) -> int:
+        """Of a parameter: weight, gradient and two moments, or a frozen weight alone."""
+        return self.job.dtype.itemsize * (4 if self.job.adapter is None else 1)
 
     def _sp_sizes(self) -> list[int]:
         """Shared rows are for rows that are too long, or for steps with fewer rows than ranks."""
@@ -197,7 +213,7 @@ class _Search:
         job = candidate.plan.job
         if job.layout.ep_size == 1:
             return candidate
-        busier = self.plans([replace(job, load=UNBALANCED_LOAD)])[0]
+        (busier,) = self.plans([replace(job, load=UNBALANCED_LOAD)])
         plan = replace(candidate.plan, unbalanced=busier.report)
         note = "fits too" if busier.fits else f"needs {busier.needed_gib:.0f} GiB, which it has not"
         return Candidate(plan, f"{candidate.why}; a rank with twice the load {note}")
@@ -206,7 +222,7 @@ class _Search:
         if self.tokens_per_step is not None:
             return f"no layout of {self.job.layout.world_size} ranks divides a step of {self.tokens_per_step} tokens."
         return (
-            f"no layout: parameters, gradients and optimizer states alone, {RESTING_BYTES} bytes a parameter over "
+            f"no layout: what rests between steps alone, {self._resting_bytes} bytes a parameter over "
             f"{self.job.layout.world_size} ranks, are more than {self.job.device.memory_gib:.0f} GiB; take more ranks."
         )
 
@@ -214,16 +230,17 @@ class _Search:
 def table(candidates: Sequence[Candidate], most: int = 20) -> str:
     """Those that fit, and the best of the others."""
     head = f"{'ep':>3}{'sp':>4}{'copies':>7}{'rows':>5}  {'recompute':<22}{'GiB':>7}{'tokens/s':>10}{'MFU':>7}  why"
-    lines = [head]
-    for candidate in candidates[:most]:
-        plan, job, layout = candidate.plan, candidate.plan.job, candidate.plan.job.layout
-        recompute = job.recompute + ", host" * job.activation_offload + ", states host" * job.optimizer_offload
-        speed = f"{plan.tokens_per_second:10,.0f}{plan.mfu:7.3f}" if plan.fits else f"{'-':>10}{'-':>7}"
-        lines.append(
-            f"{layout.ep_size:>3}{layout.sp_size:>4}{layout.dp_replicate_size:>7}{job.micro_batch:>5}  {recompute:<22}"
-            f"{plan.needed_gib:7.1f}{speed}  {candidate.why}"
-        )
-    return "\n".join(lines)
+    return "\n".join([head, *(f"{_line(candidate.plan)}  {candidate.why}" for candidate in candidates[:most])])
+
+
+def _line(plan: Plan) -> str:
+    job, layout = plan.job, plan.job.layout
+    recompute = job.recompute + ", host" * job.activation_offload + ", states host" * job.optimizer_offload
+    speed = f"{plan.tokens_per_second:10,.0f}{plan.mfu:7.3f}" if plan.fits else f"{'-':>10}{'-':>7}"
+    return (
+        f"{layout.ep_size:>3}{layout.sp_size:>4}{layout.dp_replicate_size:>7}{job.micro_batch:>5}  {recompute:<22}"
+        f"{plan.needed_gib:7.1f}{speed}"
+    )
 
 
 def training_arguments(job: Job) -> dict[str, Any]:
@@ -232,6 +249,7 @@ def training_arguments(job: Job) -> dict[str, Any]:
         "per_device_train_batch_size": job.micro_batch,
         "gradient_accumulation_steps": job.accumulation,
         "bf16": job.bf16,
+        "fp8": job.fp8,
         "recompute": job.recompute,
         "activation_offload": job.activation_offload,
         "optimizer_states": job.optimizer_states,

@@ -22,6 +22,7 @@ from ..memory.optimizer import StepsInBackward, finish_optimizer, optimizer_clas
 from ..memory.recompute import set_recompute
 from ..models.moe_model import BalanceDefaults
 from ..moe.balance import BalanceConfig, LoadBalancer
+from ..parallel.adapters import base_model, is_adapted, sync_replicated_parameters
 from ..parallel.grad_norm import clip_grad_norm
 from ..parallel.sequence import SequenceParallelModel
 from .job import Job
@@ -45,10 +46,13 @@ class TrainingStep:
 
     def __init__(self, job: Job, model: Any, device: torch.device, ranks: SequenceRanks | None = None):
         self.job, self.model, self.device = job, model, device
-        set_recompute(model, job.recompute, offload=job.activation_offload, device=device)
+        set_recompute(base_model(model), job.recompute, offload=job.activation_offload, device=device)
         model.train()
         if job.recompute != "none":
-            model.activation_checkpointing_enable()
+            base_model(model).activation_checkpointing_enable()
+        self._is_last_micro_batch = True
+        if is_adapted(model) and job.layout.world_size > 1:
+            sync_replicated_parameters(model, lambda: self._is_last_micro_batch)
         self.optimizer = self._make_optimizer()
         self._in_backward: StepsInBackward | None = None
         self.balance = self._attach_balance()
@@ -67,8 +71,9 @@ class TrainingStep:
         return optimizer
 
     def _attach_balance(self) -> LoadBalancer:
-        defaults = getattr(self.model, "balance_defaults", BalanceDefaults())
-        self._bias_update_rate = defaults.bias_update_rate
+        published = getattr(base_model(self.model), "balance_defaults", BalanceDefaults())
+        defaults = BalanceDefaults() if "language" in self.job.frozen else published
+        self._bias_update_rate = 0.0 if is_adapted(self.model) else defaults.bias_update_rate
         config = BalanceConfig(defaults.aux_loss_coef, sequence_loss_coef=defaults.sequence_loss_coef)
         return LoadBalancer.attach(self.model, config)
 
@@ -76,15 +81,29 @@ class TrainingStep:
         """A micro-batch as the collator makes it: all rows in one, their documents apart."""
         documents, device = self.job.documents, self.device
         positions = torch.cat([torch.arange(length, device=device) for length in documents])[None]
-        input_ids = torch.randint_like(positions, self.model.config.vocab_size)
+        input_ids = torch.randint_like(positions, self.job.text_config.vocab_size)
         ends = torch.zeros(len(documents) + 1, dtype=torch.int32, device=device)
         torch.cumsum(torch.tensor(documents, device=device), 0, out=ends[1:])
-        return {
+        batch = {
             "input_ids": input_ids,
             "labels": input_ids.clone(),
             "position_ids": positions,
             "cu_seq_lens_q": ends,
         }
+        if self.job.reads_images:
+            self._show_images(batch)
+        return batch
+
+    def _show_images(self, batch: dict[str, torch.Tensor]) -> None:
+        """Tiles as the collator gives them; their tokens come first in each row, and have no labels."""
+        config, rows = self.job.config, self.job.micro_batch
+        input_ids, labels = (batch[name].view(rows, -1) for name in ("input_ids", "labels"))
+        input_ids.masked_fill_(input_ids == config.image_token_id, 0)
+        input_ids[:, : self.job.image_tokens] = config.image_token_id
+        labels[:, : self.job.image_tokens] = -100
+        if self.job.tiles_per_row:
+            shape = (rows * self.job.tiles_per_row, config.vision_config.num_channels, *config.vision_config.image_size)
+            batch["pixel_values"] = torch.zeros(shape, device=self.device)
 
     def run(self, batch: dict[str, torch.Tensor], phase: Phase = no_phase) -> None:
         """One optimizer step over `accumulation` micro-batches, all of them this one."""
@@ -93,6 +112,8 @@ class TrainingStep:
             self._in_backward = StepsInBackward(self.optimizer)
         num_tokens = torch.full((), job.tokens_per_rank * job.layout.world_size, dtype=torch.int64, device=self.device)
         balance.start_step(num_tokens, num_tokens)
+        if (fp8 := base_model(self.model).fp8) is not None:
+            fp8.new_step()
         # The Switch loss's gradient in the first micro-batch depends on the load in the last.
         counted = job.accumulation > 1 and bool(balance.config.aux_loss_coef)
         if counted:
@@ -103,13 +124,14 @@ class TrainingStep:
                         self._call(inputs, logits_to_keep=1)
                 balance.reduce()
         for micro_batch in range(job.accumulation):
+            self._is_last_micro_batch = micro_batch == job.accumulation - 1
             with phase(FORWARD):
                 with contextlib.nullcontext() if counted else balance.recording():
                     loss = self._call(batch, chunked_loss=True, num_items_in_batch=num_tokens).loss
                 if balance.config.aux_loss_coef and not counted:
                     balance.reduce()
             if job.layout.dp_replicate_size > 1:  # copies sum up once, shards of a copy after each micro-batch
-                self.model.set_requires_all_reduce(micro_batch == job.accumulation - 1)
+                base_model(self.model).set_requires_all_reduce(self._is_last_micro_batch)
             with phase(BACKWARD):
                 balance.watch(loss).backward()
             del loss

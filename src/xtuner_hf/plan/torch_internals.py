@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 import torch._meta_registrations
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import _resolve_process_group as resolve_process_group
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
@@ -27,7 +27,8 @@ from .clock import Clock
 
 __all__ = [
     "FakeStore",
-    "FakeTensorMode",
+    "FakeTensor",
+    "PlannedTensorMode",
     "TorchDispatchMode",
     "fused_loss_tiles",
     "fused_norms",
@@ -44,6 +45,26 @@ __all__ = [
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors in nested lists, tuples and dicts."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+_GROUPED_BESIDES_BF16 = (torch.float16, torch.float32, torch.float8_e4m3fn)
+_INTO_OUT = (torch.ops.aten.cat.out, torch.ops.aten.mm.out, torch.ops.aten.addmm.dtype_out)
+
+
+class PlannedTensorMode(FakeTensorMode):
+    """torch's, with a shorter way to what costs most: the hundreds of products of the loss's tiles, which go into
+    memory that is there, and the parts, one of every rank, that FSDP2 joins where it does not shard the first
+    dimension."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _INTO_OUT:
+            return kwargs["out"]
+        if func is not torch.ops.aten.cat.default or any(part.shape != args[0][0].shape for part in args[0]):
+            return super().dispatch(func, types, args, kwargs)
+        parts, dim = args[0], args[1] if len(args) > 1 else 0
+        shape = list(parts[0].shape)
+        shape[dim] *= len(parts)
+        return super().dispatch(torch.ops.aten.new_empty.default, types, (parts[0], shape), {})
 
 
 @contextlib.contextmanager
@@ -135,13 +156,18 @@ class _OneKernelNorm(torch.autograd.Function):
 
 @contextlib.contextmanager
 def grouped_products_of_any_dtype() -> Iterator[None]:
-    """The shape function of grouped matrix products refuses all but bf16; kernels of CPUs and CUDA take fp32 too."""
+    """The shape function of grouped matrix products refuses all but bf16; kernels of CPUs and CUDA take fp32 too, and
+    ours FP8."""
     shapes = torch._meta_registrations._meta_grouped_mm_common
 
     def of_any_dtype(mat_a: torch.Tensor, mat_b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if mat_a.dtype not in (torch.float16, torch.float32) or mat_a.dtype != mat_b.dtype:
+        if mat_a.dtype not in _GROUPED_BESIDES_BF16 or mat_a.dtype != mat_b.dtype:
             return shapes(mat_a, mat_b, *args, **kwargs)
-        return shapes(mat_a.to(torch.bfloat16), mat_b.to(torch.bfloat16), *args, **kwargs).to(mat_a.dtype)
+        groups: tuple[int, ...] = ()
+        if mat_a.dim() == mat_b.dim():  # otherwise each row, or column, belongs to one
+            groups = mat_a.shape[:1] if mat_a.dim() == 3 else kwargs["offs"].shape
+        dtype = kwargs.get("out_dtype") or mat_a.dtype
+        return mat_a.new_empty(*groups, mat_a.shape[-2], mat_b.shape[-1], dtype=dtype)
 
     with patch.object(torch._meta_registrations, "_meta_grouped_mm_common", of_any_dtype):
         yield

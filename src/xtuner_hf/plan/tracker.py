@@ -18,12 +18,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..device import kind
+from ..kernels.fp8_weights import GatheredWeight
 from . import ledger as memory
 from . import links
 from .clock import Clock
-from .costs import Costs, bytes_moved, is_free, num_bytes
+from .costs import Costs, bytes_moved, chunk_cat_scratch, is_free, num_bytes
 from .ledger import Ledger
 from .torch_internals import (
+    FakeTensor,
     TorchDispatchMode,
     hidden_propagation,
     resolve_process_group,
@@ -93,7 +96,7 @@ class StepTracker(TorchDispatchMode):
         self._axis_of = axis_of
         self._phase = SETUP
         self._recomputing = False
-        self._layer: int | None = None  # whose backward has begun
+        self._layer: str | None = None  # whose backward has begun
         self._names: dict[Any, str] = {}
         self._contexts = contextlib.ExitStack()
         self.begin_step()
@@ -130,25 +133,29 @@ class StepTracker(TorchDispatchMode):
 
     def watch_layers(self, model: nn.Module) -> None:
         """Know which layer's backward runs, and tell recomputed layers from it. Call it once checkpointing is on."""
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for index, layer in enumerate(layers):
-            layer.register_forward_hook(functools.partial(self._watch_backward, index))
+        numbers: defaultdict[str, int] = defaultdict(int)
+        for path, layer in model.named_modules():
+            if not isinstance(layer, GradientCheckpointingLayer):
+                continue
+            stack = "vision layer" if "vision_tower" in path.split(".") else "layer"
+            layer.register_forward_hook(functools.partial(self._watch_backward, f"{stack} {numbers[stack]}"))
+            numbers[stack] += 1
             if layer.gradient_checkpointing:
                 checkpoint: Any = layer._gradient_checkpointing_func
                 layer._gradient_checkpointing_func = self._noting_recompute(checkpoint)  # type: ignore[assignment]
 
-    def _watch_backward(self, index: int, layer: nn.Module, args: Any, output: Any) -> None:
+    def _watch_backward(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         if output.requires_grad:
-            output.register_hook(functools.partial(self._enter_layer, index))
+            output.register_hook(functools.partial(self._enter_layer, name))
 
-    def _enter_layer(self, index: int, grad: torch.Tensor) -> None:
-        self._layer = index
+    def _enter_layer(self, name: str, grad: torch.Tensor) -> None:
+        self._layer = name
 
     @property
     def region(self) -> str:
         """Where in the step memory is counted: the phase, and the layer of a backward."""
-        return self._phase if self._phase != BACKWARD or self._layer is None else f"layer {self._layer}"
+        return self._layer if self._phase == BACKWARD and self._layer is not None else self._phase
 
     def _noting_recompute(self, checkpoint: Callable) -> Callable:
         def noting(function: Callable) -> Callable:
@@ -171,11 +178,13 @@ class StepTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if DTensor in types:
-            return NotImplemented  # it comes back with the local tensors
+        if DTensor in types or GatheredWeight in types:
+            return NotImplemented  # it comes back with the tensors inside
         name = self._names.get(func)
         if name is None:
             name = self._names[func] = func._schema.name.split("::")[1]
+        if name == "device" and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked so often that the way to the fake mode below costs a tenth of a dry run
         if func.namespace == "prim" or name == "wait_tensor":
             return func(*args, **kwargs)
         is_pinned = kwargs.get("pin_memory")
@@ -213,6 +222,11 @@ class StepTracker(TorchDispatchMode):
             time=self.clock.current.free_at - self.clock.begin,
         )
 
+    def _scratch(self, size: int) -> None:
+        """Memory that a kernel takes and gives back."""
+        now = self.clock.current.free_at - self.clock.begin
+        self.ledger.pass_through(size, memory.REDUCED, pool=self.clock.current.name, region=self.region, time=now)
+
     def _compute(self, name: str, args, kwargs, outputs: list[torch.Tensor]) -> None:
         if name == "copy_" and self.ledger.is_on_host(args[0]) != self.ledger.is_on_host(args[1]):
             moved = num_bytes(args[0])
@@ -223,48 +237,53 @@ class StepTracker(TorchDispatchMode):
         if name == "all_gather_copy_in":
             self.clock.current.title = "gathering"
             self.ledger.assign(outputs[-1], memory.GATHERED)
+        elif name in ("split_with_sizes_copy", "cat") and "out" in kwargs:  # FSDP2 takes apart what it has gathered
+            for tensor in tensors_in(kwargs["out"]):
+                self.ledger.assign(tensor, memory.GATHERED)
         elif name == "chunk_cat":
             self.ledger.assign(kwargs["out"], memory.REDUCED)
-        flops, kind = self.costs.flops(name, args, kwargs)
+            if kind(kwargs["out"].device) == "cpu":
+                self._scratch(chunk_cat_scratch(args[0], args[2], kwargs["out"]))
+        flops, product = self.costs.flops(name, args, kwargs)
         moved = bytes_moved(name, args, kwargs, outputs)
-        seconds = self.costs.seconds(flops, kind, moved, _narrowest_float(args))
+        seconds = self.costs.seconds(flops, product, moved, _narrowest_float(args))
         work = self.work[self.subphase]
         if flops:
-            work.flops[kind] += flops
-        work.seconds[kind or "memory"] += seconds
+            work.flops[product] += flops
+        work.seconds[product or "memory"] += seconds
         work.bytes_moved += moved
         work.operators += 1
         self.clock.run(seconds, name)
 
     def _collective(self, name: str, args, outputs: list[torch.Tensor]) -> None:
-        kind, place = _COLLECTIVES[name]
+        what, place = _COLLECTIVES[name]
         group: Any = args[place]
         if isinstance(group, str):
             group = resolve_process_group(group)  # type: ignore[arg-type]
         elif not isinstance(group, dist.ProcessGroup):
             group = dist.ProcessGroup.unbox(group)
         first = args[0][0] if isinstance(args[0], list) else args[0]
-        if kind == links.ALL_GATHER:
+        if what == links.ALL_GATHER:
             size = num_bytes(first)
             self.ledger.assign(first, memory.GATHERED)
-        elif kind == links.REDUCE_SCATTER:
+        elif what == links.REDUCE_SCATTER:
             size = num_bytes(args[1])
             self.clock.current.title = "reducing"
             self.ledger.assign(first, memory.GRADIENTS)
             self.ledger.assign(args[1], memory.REDUCED)
-        elif kind == links.ALL_TO_ALL:  # the fuller direction counts
+        elif what == links.ALL_TO_ALL:  # the fuller direction counts
             size = max(num_bytes(first), num_bytes(args[1]))
         else:
             size = num_bytes(first)
         ranks = tuple(dist.get_process_group_ranks(group))
-        cost = links.transfer(self.costs.device, kind, ranks, size)
+        cost = links.transfer(self.costs.device, what, ranks, size)
         if not cost.seconds:
             return
         axis = self._axis_of(ranks)
-        traffic = self.traffic[axis, kind, self.subphase]
+        traffic = self.traffic[axis, what, self.subphase]
         traffic.calls += 1
         traffic.buffer_bytes += size
         traffic.bytes_inside += cost.bytes_inside
         traffic.bytes_between += cost.bytes_between
         traffic.seconds += cost.seconds
-        self.clock.transfer(cost.seconds, f"{kind} ({axis})", cost.link)
+        self.clock.transfer(cost.seconds, f"{what} ({axis})", cost.link)

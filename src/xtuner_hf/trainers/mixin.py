@@ -20,7 +20,7 @@ from ..models.moe_model import BalanceDefaults
 from ..moe.balance import BalanceConfig, LoadBalancer
 from ..moe.replay import freeze_routers
 from ..moe.tokens import TokenLayout
-from ..parallel.adapters import base_model, is_adapted
+from ..parallel.adapters import base_model, is_adapted, place_adapters
 from .arguments import MoEArguments
 from .checkpointing import CheckpointingMixin
 from .figure import FIGURE_FILE, draw_training
@@ -29,7 +29,7 @@ from .loss_weighting import LossWeightingMixin
 from .planning import announce_plan
 from .progress import ProgressLineCallback
 from .sequence import SequenceParallelMixin
-from .setup import check_dataset, check_output_dir, place_adapters, prepare_model
+from .setup import check_dataset, check_output_dir, prepare_model
 from .sharding import ShardingMixin
 from .stability import StabilityMixin
 from .throughput import ThroughputMeter
@@ -64,7 +64,7 @@ class MoETrainerMixin(LossWeightingMixin, StabilityMixin, CheckpointingMixin, Se
             check_dataset(keywords.get(name), name)
         training_args: Any = args  # one of the two classes that join ours with transformers' or TRL's
         super().__init__(prepare_model(model, args), training_args, *positional, **keywords)
-        place_adapters(self.model, args)
+        place_adapters(self.model, self.args.world_size)
         freeze_parts(self.model, args)
         if args.freeze_router:
             freeze_routers(self.model)

@@ -70,10 +70,8 @@ def job_of_run(model: Any, args: Any, batches: list[dict]) -> Job:
     """What the planner has to know of a trainer.
 
     Raises:
-        PlanError: for a device that its table does not have, for adapters, and for gradients that stay whole.
+        PlanError: for a device that its table does not have, and for gradients that stay whole.
     """
-    if is_adapted(model):
-        raise PlanError("adapters are not simulated.")
     if len(batches) > 1 and args.dp_replicate_size == 1 and not reduces_each_micro_batch(args):
         raise PlanError("gradients that stay whole until the last micro-batch (sync_each_batch) are not simulated.")
     name = device_name(args.device)
@@ -96,9 +94,18 @@ def job_of_run(model: Any, args: Any, batches: list[dict]) -> Job:
         optimizer_offload=args.optimizer_offload,
         optimizer_in_backward=args.optimizer_in_backward,
         mtp_loss_coef=getattr(base, "mtp_loss_coef", None),
+        tiles_per_row=-(-_num_tiles(batches[0]) // tokens.shape[0]),
+        frozen=tuple(args.frozen),
+        fp8=args.fp8,
+        adapter=model.peft_config[model.active_adapter] if is_adapted(model) else None,
         dtype=base.dtype,
         bf16=args.bf16 or base.dtype == torch.bfloat16,
     )
+
+
+def _num_tiles(batch: dict) -> int:
+    tiles = batch.get("pixel_values")
+    return 0 if tiles is None else len(tiles)
 
 
 def _mean_document(batch: dict) -> int | None:

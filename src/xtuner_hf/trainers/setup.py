@@ -22,9 +22,8 @@ from ..models.auto import check_has_mtp, load_model, num_experts
 from ..models.base import HubModelMixin
 from ..models.fp8 import use_fp8
 from ..models.fused import compile_blocks, fuse_norms
-from ..parallel.adapters import base_model, is_adapted, shard_adapters, without_adapters
+from ..parallel.adapters import base_model, without_adapters
 from ..parallel.layout import ParallelLayout
-from ..parallel.prefetch import set_prefetch
 from ..parallel.shard import copy_from_rank_0, is_sharded, shard_model, sum_gradients
 from .vision import prepare_vision
 
@@ -167,24 +166,6 @@ def check_attention(config: Any, sp_size: int) -> None:
     check_heads(config.num_attention_heads, sp_size)
     if config._attn_implementation != VARLEN_ATTENTION:
         raise ValueError(attention_refusal(config._attn_implementation))
-
-
-def place_adapters(model: nn.Module, args: Any) -> None:
-    """Put adapters of fused experts where the experts are computed, however PEFT came around the model.
-
-    (Accelerate's door does it when it shards the experts.)
-    """
-    if not is_adapted(model):
-        return
-    base = base_model(model)
-    if is_sharded(base):
-        shard_adapters(model, base.config.distributed_config, base._mesh_manager)
-        sum_gradients(model)
-        set_prefetch(base)
-    elif args.world_size == 1:
-        from ..moe.lora import adopt_wrappers
-
-        adopt_wrappers(model)
 
 
 def _announce(message: str) -> None:

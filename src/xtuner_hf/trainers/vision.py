@@ -28,9 +28,7 @@ def prepare_vision(model: nn.Module, args: Any) -> None:
             )
         return
     tower = base.model.vision_tower
-    if args.freeze_vision:
-        tower.set_drop_path_rate(0.0)
-    elif args.drop_path_rate is not None:
+    if args.drop_path_rate is not None and not args.freeze_vision:
         tower.set_drop_path_rate(args.drop_path_rate)
     _prepare_recompute(base, tower, args)
 
@@ -58,9 +56,8 @@ def _prepare_recompute(base: Any, tower: Any, args: Any) -> None:
 
 def freeze_parts(model: nn.Module, args: VisionArguments) -> None:
     """Take the parts that do not train out of training, adapters in them included."""
-    for part in args.frozen:
-        for module in base_model(model).parts[part]:  # type: ignore[union-attr, operator]
-            module.requires_grad_(False)
+    if args.frozen:
+        base_model(model).freeze(args.frozen)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, args: Any) -> None:

@@ -7,8 +7,8 @@
 A rank that has no tile computes one of zeros, of which nobody takes a feature: it joins the collectives of the sharded
 tower, its gradients are there, and they are exactly zero.
 
-Legend: N tiles, Q image tokens of a tile, H hidden size of the language model, B rows, S positions of a rank, L of
-whole rows.
+Legend: N tiles, Q image tokens of a tile, I image tokens, H hidden size of the language model, B rows, S
+positions of a rank, L of whole rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 from ...attention.ulysses import SequenceShard, gather_parts
+from ...host_reads import host_reads
 
 
 def compute_features(
@@ -40,20 +41,26 @@ def compute_features(
 
 
 def place_features(
-    embeds_BSH: torch.Tensor, is_image_BL: torch.Tensor, features_NQH: torch.Tensor, sequence: SequenceShard | None
+    embeds_BSH: torch.Tensor,
+    is_image_BL: torch.Tensor,
+    row_I: torch.Tensor,
+    features_NQH: torch.Tensor,
+    sequence: SequenceShard | None,
 ) -> torch.Tensor:
     """The embeddings with image features in the place of image tokens, in order.
 
     Args:
         is_image_BL: [B, L] bool, True on the image tokens of whole rows.
+        row_I: [I] int64, where that is in the flattened rows.
     """
     features_TH = features_NQH.flatten(0, 1).to(embeds_BSH.dtype)
-    is_image_BS = is_image_BL
-    if sequence is not None:
+    if sequence is None:
+        features_TH = features_TH[: len(row_I)]  # a rank without images has computed a tile of zeros
+    else:
         order_BL = is_image_BL.flatten().cumsum(0).view_as(is_image_BL) - 1
-        is_image_BS = sequence.take(is_image_BL)
-        features_TH = features_TH[sequence.take(order_BL)[is_image_BS]]
-    return embeds_BSH.masked_scatter(is_image_BS[..., None], features_TH)
+        row_I = host_reads().image_tokens(sequence.take(is_image_BL).flatten())
+        features_TH = features_TH[sequence.take(order_BL).flatten()[row_I]]
+    return embeds_BSH.flatten(0, 1).index_copy(0, row_I, features_TH).view_as(embeds_BSH)
 
 
 def check_counts(num_tokens: int, num_tiles: int, tokens_per_tile: int, image_token_id: int) -> None:

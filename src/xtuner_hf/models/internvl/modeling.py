@@ -7,7 +7,7 @@ Legend: B rows, S positions of a rank, N tiles, Q image tokens of a tile, H hidd
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from transformers.models.internvl import modeling_internvl as hf
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 
 from ...attention.ulysses import SequenceShard
+from ...host_reads import host_reads
 from ..auto import causal_lm_class
 from ..base import HubModelMixin, use_hub_layout
 from ..head import ChunkedLossMixin, LMHead
@@ -107,11 +108,12 @@ class InternVLModel(HubModelMixin, hf.InternVLModel):
         is_image_BL = whole_ids == self.config.image_token_id
         if pixel_values is None:
             pixel_values = self._no_tile(whole_ids.device)
-        check_counts(int(is_image_BL.sum()), len(pixel_values), self.tokens_per_tile, self.config.image_token_id)
+        row_I = host_reads().image_tokens(is_image_BL.flatten())
+        check_counts(len(row_I), len(pixel_values), self.tokens_per_tile, self.config.image_token_id)
         if not len(pixel_values) and not self._takes_part_without_images():
             return self.get_input_embeddings()(input_ids)
         features_NQH = compute_features(pixel_values, encode, sequence)
-        return place_features(self.get_input_embeddings()(input_ids), is_image_BL, features_NQH, sequence)
+        return place_features(self.get_input_embeddings()(input_ids), is_image_BL, row_I, features_NQH, sequence)
 
     def _encode(self, pixel_values: torch.Tensor, **selection: Any) -> torch.Tensor:
         return self.get_image_features(pixel_values=pixel_values, return_dict=True, **selection).pooler_output
@@ -176,6 +178,15 @@ class InternVLForConditionalGeneration(ChunkedLossMixin, HubModelMixin, hf.Inter
             "projector": [trunk.multi_modal_projector],
             "language": [trunk.language_model, self.lm_head],
         }
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """Take these parts out of training, adapters in them included; a frozen tower leaves no branch out."""
+        for part in parts:
+            for module in self.parts[part]:
+                module.requires_grad_(False)
+        if "vision" in parts:
+            tower: Any = self.model.vision_tower
+            tower.set_drop_path_rate(0.0)
 
     @property
     def balance_defaults(self) -> BalanceDefaults:
