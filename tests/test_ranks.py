@@ -67,9 +67,13 @@ def test_what_fails_or_hangs_is_told_and_ends():
 
 def test_an_interrupted_job_leaves_no_answer_for_the_next():
     run_on_ranks("tests.test_ranks:leave_traces", 1)  # there is a nursery
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_on_ranks("tests.test_ranks:hang", 1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
+    try:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_on_ranks("tests.test_ranks:hang", 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [rank[2] for rank in run_on_ranks("tests.test_ranks:leave_traces", 1)] == [1]
 
 

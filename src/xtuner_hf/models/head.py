@@ -33,7 +33,7 @@ class LMHead(nn.Linear):
         if labels_BS is None:
             return super().forward(hidden_BSH)
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-        weights_T = None if weights is None else weights.weights_BS.reshape(-1)
+        weights_T = None if weights is None or weights.weights_BS is None else weights.weights_BS.reshape(-1)
         return chunked_cross_entropy(hidden_TH, self.weight, self.bias, labels_BS.reshape(-1), weights_T)
 
 
@@ -82,6 +82,8 @@ class ChunkedLossMixin:
         kwargs.pop("logits_to_keep", None)
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
+        if loss_weights is not None:
+            num_items_in_batch = loss_weights.total
         trunk_outputs = self.model(input_ids=input_ids, **kwargs)
         return self.chunked_output(trunk_outputs, labels, num_items_in_batch, {**kwargs, "loss_weights": loss_weights})
 
@@ -97,11 +99,9 @@ class ChunkedLossMixin:
         sequence = inputs.get("sequence")
         weights = inputs["loss_weights"]
         if weights is not None:
-            num_items = weights.total
-            next_weights_BS = shift_left(weights.weights_BS, 1)
-            shifted = next_weights_BS if sequence is None else sequence.take(next_weights_BS)
-            weights = LossWeights(shifted, weights.total)
+            weights = weights.moved(lambda weights_BS: shift_left(weights_BS, 1))
         if sequence is not None:
             next_labels_BS = sequence.take(next_labels_BS)
+            weights = None if weights is None else weights.moved(sequence.take)
         total = self.lm_head(trunk_outputs.last_hidden_state, next_labels_BS, weights)
         return CausalLMOutputWithPast(loss=total / num_items)

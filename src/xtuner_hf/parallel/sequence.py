@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..attention.documents import Documents
 from ..attention.ulysses import SequenceRanks, SequenceShard
-from ..memory.chunked_loss import LossWeights
 from ..memory.logprobs import IGNORE_INDEX, PER_TOKEN
 from ..moe.replay import NATIVE, RearrangedRoutes
 from ..moe.tokens import TokenLayout, shift_left
@@ -74,7 +73,7 @@ class SequenceParallelModel:
         labels_BL = F.pad(labels_BL, padding, value=IGNORE_INDEX)
         weights = inputs.get("loss_weights")
         if weights is not None:
-            inputs["loss_weights"] = LossWeights(F.pad(weights.weights_BS, padding), weights.total)
+            inputs["loss_weights"] = weights.moved(lambda weights_BS: F.pad(weights_BS, padding))
         inputs["num_items_in_batch"] = num_items
         if inputs.get("fused_lm_head"):
             further = inputs.get("further")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..device import kind
+from ..device import is_host, is_simulated
 from ..kernels.fp8_weights import GatheredWeight
 from . import ledger as memory
 from . import links
@@ -242,7 +242,8 @@ class StepTracker(TorchDispatchMode):
                 self.ledger.assign(tensor, memory.GATHERED)
         elif name == "chunk_cat":
             self.ledger.assign(kwargs["out"], memory.REDUCED)
-            if kind(kwargs["out"].device) == "cpu":
+            device = kwargs["out"].device
+            if is_host(device) and not is_simulated(device):
                 self._scratch(chunk_cat_scratch(args[0], args[2], kwargs["out"]))
         flops, product = self.costs.flops(name, args, kwargs)
         moved = bytes_moved(name, args, kwargs, outputs)

@@ -55,9 +55,7 @@ class LossWeightingMixin(_Base):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         if self.args.loss_weighting == "token" or not batch_samples:
-            number = super()._get_num_items_in_batch(batch_samples, device)
-            # A whole number, divided. FSDP casts what is no integer among a model's inputs to bf16, which has 8 bits.
-            return number.long() if isinstance(number, torch.Tensor) else number
+            return super()._get_num_items_in_batch(batch_samples, device)
         total = torch.stack([sqrt_weights(batch).sum() for batch in batch_samples]).sum().to(device)
         return self.sum_over_batches(total)  # type: ignore[attr-defined]  # of SequenceParallelMixin
 
@@ -68,6 +66,8 @@ class LossWeightingMixin(_Base):
             total: what `_get_num_items_in_batch` gave.
         """
         if self.args.loss_weighting == "token":
+            if total is not None and inputs.get("chunked_loss"):  # the model divides by it
+                inputs = {**inputs, "loss_weights": LossWeights(None, total)}
             return model, inputs
         weights_BS = sqrt_weights(inputs)
         if self.loss_of_log_probs:
