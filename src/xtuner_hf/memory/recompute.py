@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
 
 from ..device import is_host
@@ -45,6 +45,11 @@ _ATTENTION_OPS = (
     "aten::_cudnn_attention_forward",
 )
 _ATTENTION_NAME_PARTS = ("flash_attn", "varlen_attn", "fusion_attention")
+# FSDP marks its steps for profilers, and takes other steps in recompute than in forward: which of its parameters are
+# gathered already differs. Marks are nothing to keep, and selective checkpointing takes them for a mismatch.
+SAC_IGNORED_OPS.update(
+    (torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction)
+)
 _MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
