@@ -77,9 +77,8 @@ def test_autocast_computes_in_bf16_and_keeps_the_parameters_dtype(way):
     assert torch.finfo(torch.float32).eps < error < torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("way", ["rows"], indirect=True)  # TRL's kernel computes in fp32
 def test_rows_of_fp64_are_fp64(way):
-    if way == "tiles":
-        pytest.skip("TRL's kernel computes in fp32")
     tensors, targets = inputs(torch.float64)
     for found, expected in zip(
         results(chunked, tensors, targets, 0.7), results(over_full_logits, tensors, targets, 0.7), strict=True
