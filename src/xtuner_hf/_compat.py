@@ -89,6 +89,7 @@ __all__ = [
     "initialize_distributed_mesh",
     "is_chat_template_stop_token_trained",
     "launched_fsdp_version",
+    "launched_with_deepspeed",
     "launched_with_fsdp",
     "loads_on_rank_0_only",
     "optimal_tiled_canvas",
@@ -260,6 +261,11 @@ def extend_all_gathers(model: Any) -> None:
 def launched_with_fsdp() -> bool:
     """Whether the launch config says `distributed_type: FSDP`, which accelerate hands on by this variable."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def launched_with_deepspeed() -> bool:
+    """The same of `distributed_type: DEEPSPEED`."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def launched_fsdp_version() -> int:

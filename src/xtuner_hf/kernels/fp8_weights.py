@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..device import kind
+from ..device import is_simulated
 from . import fp8, simulated_fp8
 from .fp8 import E4M3, Quantised
 from .select import has_triton
@@ -27,8 +27,10 @@ def fp8_kernels(device: torch.device) -> ModuleType:
     Raises:
         ValueError: for a GPU without FP8 tensor cores.
     """
+    if is_simulated(device):
+        return simulated_fp8
     if device.type != "cuda":
-        return simulated_fp8 if kind(device) == "cuda" else fp8
+        return fp8
     if torch.cuda.get_device_capability(device) < (8, 9) or not has_triton():
         raise ValueError(
             f"fp8=True needs Triton and tensor cores that multiply e4m3 (compute capability 8.9 or newer), and "

@@ -47,7 +47,7 @@ class RowLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None):  # type: ignore[override]
         hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
-        grad_log_probs_N, grad_entropy_N = grads
+        grad_log_probs_N, grad_entropy_N = (None if grad is None else grad / ctx.temperature for grad in grads)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         precise = _precise(hidden_NH.dtype)
         head = _cast(ctx.dtype, weight_VH, bias_V)
@@ -58,14 +58,16 @@ class RowLogProbs(torch.autograd.Function):
         for rows in _slices(len(targets_N), ctx.num_rows):
             logits_RV = _logits(hidden_NH[rows], *head, ctx)
             p_RV = logits_RV.softmax(-1)
-            grad_RV = torch.zeros_like(p_RV) if grad_log_probs_N is None else p_RV * -grad_log_probs_N[rows, None]
-            if grad_log_probs_N is not None:
-                grad_RV.scatter_add_(-1, targets_N[rows, None], grad_log_probs_N[rows, None])
+            if grad_log_probs_N is None:
+                grad_RV = torch.zeros_like(p_RV)
+            else:
+                grad_R1 = grad_log_probs_N[rows, None]
+                grad_RV = (p_RV * -grad_R1).scatter_add_(-1, targets_N[rows, None], grad_R1)
             if grad_entropy_N is not None:
                 # log p + entropy, without the normaliser, which would round
                 mean_R1 = (p_RV * logits_RV).sum(-1, keepdim=True)
                 grad_RV -= grad_entropy_N[rows, None] * p_RV * (logits_RV - mean_R1)
-            grad_RV = grad_RV.div_(ctx.temperature).to(ctx.dtype)
+            grad_RV = grad_RV.to(ctx.dtype)
             if grad_hidden_NH is not None:
                 grad_hidden_NH[rows] = (grad_RV @ head[0]).to(hidden_NH.dtype)
             if grad_weight_VH is not None:

@@ -80,10 +80,10 @@ class ChunkedLossMixin:
                 kwargs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return super().forward(input_ids=input_ids, **kwargs)
         kwargs.pop("logits_to_keep", None)
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         if loss_weights is not None:
             num_items_in_batch = loss_weights.total
+        elif num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         trunk_outputs = self.model(input_ids=input_ids, **kwargs)
         return self.chunked_output(trunk_outputs, labels, num_items_in_batch, {**kwargs, "loss_weights": loss_weights})
 

@@ -32,14 +32,7 @@ from ..rl.mismatch import log_ratios, mismatch_metrics
 from ..rl.rewards import with_deadline
 from ..rl.rollouts import EngineRollouts
 from .grpo_config import MoEGRPOConfig
-from .trl import (
-    ByKeyword,
-    UnpaddedMixin,
-    given_or_default_args,
-    has_adapters,
-    named_arguments,
-    reference_model,
-)
+from .trl import ByKeyword, UnpaddedMixin, given_or_default_args, has_adapters, named_arguments, reference_model
 
 # What TRL's log-probabilities take of rollouts with images.
 _IMAGE_KEYS = (

@@ -33,7 +33,7 @@ from .setup import check_dataset, check_output_dir, prepare_model
 from .sharding import ShardingMixin
 from .stability import StabilityMixin
 from .throughput import ThroughputMeter
-from .vision import freeze_parts, set_learning_rates
+from .vision import freeze_parts, num_tiles, set_learning_rates
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class MoETrainerMixin(LossWeightingMixin, StabilityMixin, CheckpointingMixin, Se
     def _start_step(self, batches: list[dict], device: torch.device) -> None:
         layouts = [TokenLayout.of_batch(self._model_inputs(batch)) for batch in batches]
         totals = torch.stack([layout.totals() for layout in layouts]).sum(0)
-        tiles = sum(len(batch["pixel_values"]) for batch in batches if batch.get("pixel_values") is not None)
+        tiles = sum(map(num_tiles, batches))
         self._totals = self.sum_over_batches(torch.cat([totals, totals.new_tensor([tiles])]).to(device))
         self._balance.start_step(self._totals[0], self._totals[1])
         if (fp8 := base_model(self.model).fp8) is not None:

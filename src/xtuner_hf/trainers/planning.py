@@ -16,6 +16,7 @@ from ..plan.devices import PlanError, device_key, device_names, find_device
 from ..plan.job import Job
 from ..plan.planning import Plan
 from .setup import reduces_each_micro_batch
+from .vision import num_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -94,18 +95,13 @@ def job_of_run(model: Any, args: Any, batches: list[dict]) -> Job:
         optimizer_offload=args.optimizer_offload,
         optimizer_in_backward=args.optimizer_in_backward,
         mtp_loss_coef=getattr(base, "mtp_loss_coef", None),
-        tiles_per_row=-(-_num_tiles(batches[0]) // tokens.shape[0]),
+        tiles_per_row=-(-num_tiles(batches[0]) // tokens.shape[0]),
         frozen=tuple(args.frozen),
         fp8=args.fp8,
         adapter=model.peft_config[model.active_adapter] if is_adapted(model) else None,
         dtype=base.dtype,
         bf16=args.bf16 or base.dtype == torch.bfloat16,
     )
-
-
-def _num_tiles(batch: dict) -> int:
-    tiles = batch.get("pixel_values")
-    return 0 if tiles is None else len(tiles)
 
 
 def _mean_document(batch: dict) -> int | None:

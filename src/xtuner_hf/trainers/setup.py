@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from .._compat import launched_with_fsdp, loads_on_rank_0_only
+from .._compat import launched_with_deepspeed, launched_with_fsdp, loads_on_rank_0_only
 from ..attention.ulysses import check_heads
 from ..attention.varlen import VARLEN_ATTENTION, attention_refusal
 from ..device import kind_of
@@ -98,7 +97,7 @@ def check_launch(args: Any) -> None:
             "(nn.DataParallel), which neither shards nor balances: start one process a GPU with `accelerate launch "
             "--config_file accelerate_configs/gpu_8.yaml`, or show it a single one with CUDA_VISIBLE_DEVICES=0."
         )
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if args.deepspeed or launched_with_deepspeed():
         raise ValueError(
             "This run asks for DeepSpeed, which would shard the model once more: models of this package are sharded "
             "with FSDP2. Leave out `deepspeed` and launch with a file of accelerate_configs/; ep_size, sp_size and "

@@ -60,6 +60,12 @@ def freeze_parts(model: nn.Module, args: VisionArguments) -> None:
         base_model(model).freeze(args.frozen)
 
 
+def num_tiles(batch: dict) -> int:
+    """Tiles of the images in a batch."""
+    tiles = batch.get("pixel_values")
+    return 0 if tiles is None else len(tiles)
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, args: Any) -> None:
     """Split the optimizer's groups where a part has a learning rate of its own. Groups of the others come first: the
     rate that is logged is theirs.
